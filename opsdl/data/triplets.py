@@ -1,0 +1,101 @@
+"""A training example, and the JSONL file that holds many of them, one object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from opsdl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """One question with the context the student sees and the excerpt of it that the teacher sees.
+
+    `answers` are the strings a right response contains; empty when nobody knows them (scoring then skips the triplet).
+    `task` names the kind of question, `id` the triplet.
+    """
+
+    long_context: str
+    short_context: str
+    question: str
+    answers: tuple[str, ...] = ()
+    id: str = ""
+    task: str = ""
+
+
+TEXTS = ("long_context", "short_context", "question")  # required, not blank
+KEYS = tuple(field.name for field in fields(Triplet))
+
+
+def read_triplets(path: str | Path) -> list[Triplet]:
+    """Read a JSONL file of triplets; blank lines are skipped.
+
+    Raises UserError naming the file and the line for broken JSON, a missing, unknown or wrongly typed key, or a blank
+    text; and naming the file when it does not exist, is not UTF-8, or holds no triplet.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"triplets {path}: no such file")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"triplets {path}: not UTF-8 text at byte {error.start}") from None
+    triplets = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not triplets:
+        raise UserError(f"triplets {path}: empty; expected one JSON object a line")
+    return triplets
+
+
+def write_triplets(path: str | Path, triplets: Iterable[Triplet]) -> None:
+    """Write triplets as JSONL. The file appears whole or not at all; an interrupted write leaves the old one.
+
+    Raises UserError when the directory does not exist or cannot be written.
+    """
+    path = Path(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise UserError(f"triplets {path}: cannot write in {path.parent}: {error.strerror}") from None
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            for triplet in triplets:
+                file.write(json.dumps(asdict(triplet), ensure_ascii=False) + "\n")
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _parse(line: str, where: str) -> Triplet:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    unknown = sorted(row.keys() - set(KEYS))
+    if unknown:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are {', '.join(KEYS)}")
+    for key in TEXTS:
+        if key not in row:
+            raise UserError(f"{where}: key {key!r} is missing")
+        if not isinstance(row[key], str) or not row[key].strip():
+            raise UserError(f"{where}: key {key!r} is {_shown(row[key])}; expected text that is not blank")
+    for key in ("id", "task"):
+        if not isinstance(row.get(key, ""), str):
+            raise UserError(f"{where}: key {key!r} is {_shown(row[key])}; expected text")
+    answers = row.get("answers", [])
+    if not isinstance(answers, list) or not all(isinstance(answer, str) and answer for answer in answers):
+        raise UserError(f"{where}: key 'answers' is {_shown(answers)}; expected a list of strings that are not empty")
+    return Triplet(**(row | {"answers": tuple(answers)}))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

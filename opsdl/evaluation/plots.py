@@ -1,0 +1,95 @@
+"""The picture of a run: KL and rollout accuracy over steps, accuracy before and after for every evaluation set."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BEFORE, AFTER, SHORT_BEFORE, SHORT_AFTER, INK = "#9aa5b1", "#1f6feb", "#e3d9c6", "#c8973f", "#24292f"
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8c959f",
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#e5e8eb",
+    "legend.frameon": False,
+}
+
+
+def plot_report(before: dict[str, Any], after: dict[str, Any], metrics: list[dict[str, Any]], title: str) -> bytes:
+    """The three panels as a PNG, 1800 pixels wide. `before` and `after` are results of evaluate() on the same items."""
+    import matplotlib  # only a report needs it, and it is slow to import
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(15, 5), dpi=120, layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1)
+        axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.5))
+        _curve(axes[0], metrics, "kl", "KL to the teacher (nats per token)")
+        _curve(axes[1], metrics, "accuracy", "Accuracy of the rollouts")
+        axes[1].set_ylim(0, 1.03)
+        axes[1].yaxis.set_major_formatter("{x:.0%}")
+        _bars(axes[2], before["sets"], after["sets"])
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13)
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+    return image.getvalue()
+
+
+def _curve(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> None:
+    """One value a step, faint, under its running mean. Steps without the value are left out."""
+    points = [(row["step"], row[key]) for row in metrics if row[key] is not None]
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    if not points:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
+        return
+    steps, values = zip(*points, strict=True)
+    window = max(1, len(values) // 8)
+    trail = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    axes.plot(steps, values, color=BEFORE, marker="o", markersize=3, linewidth=1, alpha=0.7, label="step")
+    axes.plot(
+        steps, [sum(part) / len(part) for part in trail], color=AFTER, linewidth=2.2, label=f"mean of the last {window}"
+    )
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
+def _bars(axes: Axes, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+    series = (
+        ("long context, before", before, "long", BEFORE),
+        ("long context, after", after, "long", AFTER),
+        ("short context, before", before, "short", SHORT_BEFORE),
+        ("short context, after", after, "short", SHORT_AFTER),
+    )
+    width = 0.2
+    for offset, (label, sets, context, color) in zip((-1.6, -0.6, 0.6, 1.6), series, strict=True):
+        positions = [index + offset * width for index in range(len(sets))]
+        means = [chosen[context]["mean"] for chosen in sets]
+        below = [chosen[context]["mean"] - chosen[context]["low"] for chosen in sets]
+        above = [chosen[context]["high"] - chosen[context]["mean"] for chosen in sets]
+        error = {"ecolor": INK, "elinewidth": 1, "capsize": 3}
+        axes.bar(positions, means, width, color=color, label=label, yerr=(below, above), error_kw=error)
+        for x, mean in zip(positions, means, strict=True):
+            # at the foot of the bar, clear of the interval whatever the mean
+            axes.text(x, 0.015, f"{mean:.0%}", ha="center", va="bottom", fontsize=9.5, fontweight="bold", color=INK)
+    axes.set_title("Accuracy on the evaluation sets, 95 % intervals")
+    axes.set_xticks(range(len(before)), [f"{s['name']}\n{s['length']} tokens, {s['items']} items" for s in before])
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.legend(ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))

@@ -1,0 +1,88 @@
+"""Checks of the losses' arguments, and the one flat form all backends work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """The map from hidden states to logits: softcap(hidden weight^T + bias) / temperature."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    temperature: float
+    softcap: float | None
+
+
+def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError naming the argument unless [..., H], [V, H], [V] fit together."""
+    if hidden.ndim < 1 or not hidden.is_floating_point():
+        raise ValueError(f"{name}_hidden: {hidden.dtype} {tuple(hidden.shape)}; expected floating point [..., H]")
+    if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{name}_weight: {tuple(weight.shape)}; expected [V, {hidden.shape[-1]}] for {name}_hidden")
+    if weight.shape[0] == 0:
+        raise ValueError(f"{name}_weight: {tuple(weight.shape)}; expected at least one vocabulary entry")
+    if weight.device != hidden.device:
+        raise ValueError(f"{name}_weight: on {weight.device}; expected {hidden.device}, where {name}_hidden is")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}_bias: {tuple(bias.shape)}; expected {tuple(weight.shape[:1])}")
+
+
+def check_pair(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> None:
+    """Raises ValueError unless the teacher scores the same tokens over the same vocabulary."""
+    if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
+        raise ValueError(
+            f"teacher_hidden: {tuple(teacher_hidden.shape)}; expected {tuple(student_hidden.shape[:-1])} tokens, as in"
+            " student_hidden"
+        )
+    if teacher_weight.shape[0] != student_weight.shape[0]:
+        raise ValueError(
+            f"teacher_weight: vocabulary of {teacher_weight.shape[0]}; expected {student_weight.shape[0]}, that of"
+            " student_weight"
+        )
+    if teacher_hidden.device != student_hidden.device:
+        raise ValueError(f"teacher_hidden: on {teacher_hidden.device}; expected {student_hidden.device}")
+
+
+def check_scalars(temperature: float, softcap: float | None, reduction: str) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature: {temperature}; expected a positive number")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: {softcap}; expected None or a positive number")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: {reduction!r}; expected 'mean', 'sum' or 'none'")
+
+
+def check_tokens(tokens: Tensor, leading: torch.Size, vocabulary: int) -> None:
+    if tokens.shape != leading or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens: {tokens.dtype} {tuple(tokens.shape)}; expected int64 {tuple(leading)}")
+    if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
+        raise ValueError(f"tokens: from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {vocabulary - 1}")
+
+
+def token_scale(
+    leading: torch.Size, mask: Tensor | None, token_weights: Tensor | None, reduction: str, like: Tensor
+) -> Tensor:
+    """[N] factor of each token in the reduced loss; for "none", of each token's own value.
+
+    Raises ValueError for a mask or weights that are not bool / floating point of the leading shape.
+    """
+    if mask is not None and (mask.shape != leading or mask.dtype != torch.bool):
+        raise ValueError(f"mask: {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(leading)}")
+    if token_weights is not None and (token_weights.shape != leading or not token_weights.is_floating_point()):
+        raise ValueError(
+            f"token_weights: {token_weights.dtype} {tuple(token_weights.shape)}; expected floating point {tuple(leading)}"
+        )
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    scale = torch.ones(leading, dtype=dtype, device=like.device)
+    if mask is not None:
+        scale = scale * mask
+    if reduction == "mean":
+        scale = scale / scale.sum().clamp(min=1)
+    if token_weights is not None:
+        scale = scale * token_weights.detach().to(dtype)
+    return scale.flatten()

@@ -1,0 +1,15 @@
+"""Shared prefixes: one prefill serves rollout, student forward and backward, and teacher (design, "Shared prefix").
+
+Read in this order: rows (what a response feeds), layout (who attends to whom), partial (the arithmetic), attention
+(how transformers models come here), cache, generate, hidden.
+"""
+
+from opsdl.prefix.attention import attach, detach
+from opsdl.prefix.cache import PrefixCache, StalePrefixError, prefill
+from opsdl.prefix.generate import generate
+from opsdl.prefix.hidden import response_hidden
+from opsdl.prefix.rows import Responses
+
+__all__ = [
+    "PrefixCache", "Responses", "StalePrefixError", "attach", "detach", "generate", "prefill", "response_hidden",
+]  # fmt: skip

@@ -1,0 +1,301 @@
+"""The training loop. It reads like the algorithm (arXiv 2604.17535, algorithm 1; design, "What it is for"):
+
+    for each prompt (C_L, C_S, Q) of the step
+        prefix    = prefill(student, C_L + Q)
+        responses = generate(student, prefix)                     y ~ p(. | C_L, Q), a group from one prefill
+        q         = response_hidden(teacher, C_S + Q, responses)  no gradient
+        p         = response_hidden(student, C_L + Q, responses)  with gradient, through that same prefill
+        loss      = mean over response tokens of KL(p || q)
+    optimizer step
+
+Run it with `opsdl train recipes/smollm2-kjv.yaml`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import signal
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opsdl.errors import UserError
+from opsdl.evaluation.evaluate import evaluate
+from opsdl.evaluation.report import format_table, write_report
+from opsdl.evaluation.scoring import found
+from opsdl.losses import fused_policy_reverse_kl, fused_reverse_kl
+from opsdl.models import context_limit, eos_token_ids, load_model, load_tokenizer, pick_device
+from opsdl.prefix import PrefixCache, Responses, generate, prefill, response_hidden
+from opsdl.training.checkpoint import restore_trainer, save_checkpoint
+from opsdl.training.config import RunConfig
+from opsdl.training.prompts import Prompt, Prompts
+from opsdl.training.rundir import RunDir
+from opsdl.training.teacher import Teacher
+
+
+def train(config: RunConfig) -> None:
+    """Evaluate, train, evaluate again, write the report; go on from the newest checkpoint with resume=auto.
+
+    Raises UserError for bad input, before anything is written where it can be known, and for a loss that is not a
+    number, with the checkpoint before it intact. KeyboardInterrupt (Ctrl-C) arrives after the running step is finished
+    and saved.
+    """
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.model)
+    initial = load_model(config.model, device)
+    Prompts(config, tokenizer, context_limit(initial), device)[0]  # bad data fails here, before a directory is made
+    run = RunDir(config)
+    before = run.load("before.json")
+    if before is None:
+        before = evaluate(initial, tokenizer, config)
+        run.save("before.json", before)
+    trainer = Trainer(config, run, initial, tokenizer, device)
+    trainer.run_steps()
+    after = run.load("after.json")
+    if after is None:
+        after = evaluate(trainer.student, tokenizer, config)
+        run.save("after.json", after)
+    write_report(run.path, config, before, after, run.rows("metrics.jsonl"))
+    print(f"\n{format_table(before, after)}\n\nreport: {run.path / 'report.md'}   model: {run.checkpoint}")
+
+
+class Trainer:
+    """The state of a run, and one step of it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: RunDir,
+        initial: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+    ):
+        self.config, self.run, self.tokenizer, self.device = config, run, tokenizer, device
+        checkpoint = run.checkpoint
+        if checkpoint is None:
+            self.student, self.done = initial, 0
+            self.teacher = Teacher(self.student, None, config.teacher)
+        else:
+            self.student = load_model(replace(config.model, name=str(checkpoint), gguf_file=None), device)
+            self.teacher = Teacher(self.student, initial, config.teacher)
+        self.student.train()
+        if config.model.activation_checkpointing:
+            self.student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        settings = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        if checkpoint is not None:
+            self.done = restore_trainer(checkpoint, self.student, self.optimizer, self._average)
+        run.forget_after(self.done)
+        self.prompts = Prompts(config, tokenizer, context_limit(initial), device)
+        self.eos = eos_token_ids(self.student, tokenizer)
+        # The rollout's own pass over the prefix keeps its graph for the backward, unless memory is to be saved.
+        self.reuse_prefill = config.prefix_gradient == "exact" and not config.model.activation_checkpointing
+
+    @property
+    def _average(self) -> PreTrainedModel | None:
+        """The teacher, where its weights are part of the run's state."""
+        return self.teacher.model if self.config.teacher.kind == "ema" else None
+
+    def run_steps(self) -> None:
+        with (
+            _interrupt_after_step() as interrupted,
+            tqdm(total=self.config.steps, initial=self.done, unit="step", desc="train") as bar,
+        ):
+            while self.done < self.config.steps:
+                metrics = self.step()
+                bar.set_postfix(kl=f"{metrics['kl']:.4f}", accuracy=metrics["accuracy"])
+                bar.update()
+                if interrupted or self.done == self.config.steps or self.done % self.config.checkpoint_every == 0:
+                    self.save()
+                if interrupted:
+                    raise KeyboardInterrupt
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step over `prompts_per_step` prompts. Returns and logs its metrics."""
+        clock = Clock(self.device)
+        batch = self.prompts.batch(self.done)
+        prefixes, groups = self.rollout(batch)
+        clock.lap("rollout")
+        num_tokens = sum(int(group.mask.sum()) for group in groups)
+        loss, kl, entropy = 0.0, 0.0, 0.0
+        for prompt, responses in zip(batch, groups, strict=True):
+            prefix = prefixes.pop(0)  # its graph is freed with its backward
+            teacher_GTH = self.teacher_hidden(prompt, responses)
+            clock.lap("teacher")
+            value, stats = self.loss(self.student_hidden(prompt, prefix, responses), teacher_GTH, responses)
+            (value / num_tokens).backward()
+            clock.lap("student")
+            loss += value.item() / num_tokens
+            kl += float(stats["kl"].sum()) / num_tokens
+            entropy += float(stats["entropy"].sum()) / num_tokens
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {self.done + 1}: the loss is {loss}; expected a finite number. Nothing was changed: the last"
+                f" checkpoint is {self.run.checkpoint or 'none'}; try a lower optimizer.lr"
+            )
+        gradient_norm = self.update()
+        clock.lap("optimizer")
+        self.done += 1
+        seconds = clock.seconds
+        metrics = {
+            "step": self.done,
+            "loss": loss,
+            "kl": kl,
+            "entropy": entropy,
+            "accuracy": self.log_samples(batch, groups),
+            "response_length": num_tokens / sum(len(group.lengths) for group in groups),
+            "tokens_per_second": (sum(len(p.long_ids) for p in batch) + num_tokens) / sum(seconds.values()),
+            **{f"seconds_{part}": value for part, value in seconds.items()},
+            "peak_memory_mib": _peak_memory_mib(self.device),
+            "grad_norm": gradient_norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        self.run.append("metrics.jsonl", metrics)
+        return metrics
+
+    def rollout(self, batch: list[Prompt]) -> tuple[list[PrefixCache], list[Responses]]:
+        """A group of responses for each prompt under its long context, each group from one prefill."""
+        settings = self.config.rollout
+        # Drawn from (seed, step) alone, so that a resumed run samples what the uninterrupted one would have.
+        generator = torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + self.done)
+        with self.autocast():
+            prefixes = [prefill(self.student, p.long_ids, gradient=self.reuse_prefill) for p in batch]
+            groups = generate(
+                self.student,
+                prefixes,
+                num_responses=settings.group_size,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                eos_token_id=self.eos,
+                generator=generator,
+            )
+        return prefixes, groups
+
+    @torch.no_grad()
+    def teacher_hidden(self, prompt: Prompt, responses: Responses) -> Tensor:
+        """The same responses under the short context, [G, T, H]."""
+        with self.autocast():
+            return response_hidden(self.teacher.model, prompt.short_ids, responses)
+
+    def student_hidden(self, prompt: Prompt, prefix: PrefixCache, responses: Responses) -> Tensor:
+        """The responses under the long context, [G, T, H], with gradient."""
+        mode = self.config.prefix_gradient
+        usable = mode == "detached" or prefix.has_gradient
+        with self.autocast():
+            return response_hidden(
+                self.student, prompt.long_ids, responses, prefix_gradient=mode, prefix=prefix if usable else None
+            )
+
+    def loss(self, student_GTH: Tensor, teacher_GTH: Tensor, responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum over response tokens, and per-token statistics."""
+        heads = self.student.get_output_embeddings().weight, teacher_GTH, self.teacher.head
+        options = {
+            "mask": responses.mask,
+            "softcap": getattr(self.student.config, "final_logit_softcapping", None),
+            "reduction": "sum",
+            "return_stats": True,
+        }
+        if self.config.loss.kind == "full":
+            return fused_reverse_kl(student_GTH, *heads, **options)
+        return fused_policy_reverse_kl(
+            student_GTH, *heads, responses.tokens, baseline=self.config.loss.baseline, **options
+        )
+
+    def update(self) -> float:
+        """Clip, step, move the teacher. Returns the gradient's norm before clipping."""
+        settings = self.config.optimizer
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.max_grad_norm)
+        warmup = min(1.0, (self.done + 1) / max(settings.warmup_steps, 1))
+        self.optimizer.param_groups[0]["lr"] = settings.lr * warmup
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.teacher.update()
+        return float(norm)
+
+    def log_samples(self, batch: list[Prompt], groups: list[Responses]) -> float | None:
+        """Write the responses of the step's first prompt. Returns the share of right responses, where answers are known."""
+        texts = [
+            [self.tokenizer.decode(row[mask], skip_special_tokens=True) for row, mask in zip(g.tokens, g.mask, strict=True)]
+            for g in groups
+        ]
+        first = batch[0].triplet
+        sample = {"step": self.done, "id": first.id, "question": first.question, "answers": first.answers}
+        self.run.append("samples.jsonl", sample | {"responses": texts[0]})
+        scores = [
+            found(text, prompt.triplet.answers)
+            for prompt, group in zip(batch, texts, strict=True)
+            for text in group
+            if prompt.triplet.answers
+        ]
+        return statistics.fmean(scores) if scores else None
+
+    def save(self) -> None:
+        save_checkpoint(
+            self.run.path, self.done, self.student, self.tokenizer, self.optimizer, self._average,
+            self.config.keep_checkpoints,
+        )  # fmt: skip
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in the compute dtype over float32 weights.
+
+        Entered anew for each pass: autocast keeps cast copies of the weights until its block ends, and those made
+        without gradient must not serve the student's forward.
+        """
+        dtype = getattr(torch, self.config.model.compute_dtype)
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+
+class Clock:
+    """Seconds of each part of a step; time between two laps belongs to the part that the second one names."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+
+@contextlib.contextmanager
+def _interrupt_after_step() -> Iterator[list[bool]]:
+    """Ctrl-C and SIGTERM let the running step finish; a second one stops at once. Yields a list, not empty after the first."""
+    seen: list[bool] = []
+
+    def handle(number, frame):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(True)
+        tqdm.write("stopping after this step; the next Ctrl-C stops at once, without saving it")
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,82 @@
+"""The directory of a run: resolved config, metrics.jsonl, samples.jsonl, evaluations, checkpoints, report."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from opsdl.errors import UserError
+from opsdl.training.checkpoint import checkpoints
+from opsdl.training.config import RunConfig, to_yaml
+
+
+class RunDir:
+    """Opens a new run directory, or with resume=auto an existing one.
+
+    Raises UserError when the directory already holds a run and resume is "never", or when the run in it was started
+    with another config: it names the first key that differs.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.path = Path(config.run_dir)
+        config_file = self.path / "config.yaml"
+        # Whether a run resumes, and when it stops to save, does not change what it computes.
+        resolved = to_yaml(replace(config, resume="never"))
+        if config_file.exists():
+            if config.resume == "never":
+                raise UserError(f"run_dir {self.path}: holds a run already; expected resume=auto or another run_dir")
+            _compare(OmegaConf.load(config_file), OmegaConf.create(resolved), self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(config_file, resolved)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint, or None."""
+        return (checkpoints(self.path) or [None])[-1]
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics and samples of steps that no checkpoint holds: they are about to run again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            rows = [row for row in self.rows(name) if row["step"] <= step]
+            _write(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
+        if not path.exists():
+            return []
+        # Only whole lines count: a process that was killed may have left half of the last one.
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+    def load(self, name: str) -> Any:
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def save(self, name: str, value: Any) -> None:
+        _write(self.path / name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _compare(old: Any, new: Any, path: Path, parent: str = "") -> None:
+    for key in new:
+        before, now = OmegaConf.select(old, key), new[key]
+        if OmegaConf.is_dict(now) and OmegaConf.is_dict(before):
+            _compare(before, now, path, f"{parent}{key}.")
+        elif before != now:
+            raise UserError(
+                f"run_dir {path}: was started with {parent}{key}={before}, now {now}; expected the same config to"
+                " resume, or another run_dir"
+            )

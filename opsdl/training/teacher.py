@@ -1,0 +1,34 @@
+"""Who the teacher is: the student itself, its initial weights, or a moving average of them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import PreTrainedModel
+
+from opsdl.training.config import TeacherConfig
+
+
+class Teacher:
+    """`model` scores the responses. It is the student itself for "live", a copy that never gets gradients otherwise."""
+
+    def __init__(self, student: PreTrainedModel, initial: PreTrainedModel | None, config: TeacherConfig):
+        """`initial` is given when the student's weights are no longer the initial ones (a resumed run)."""
+        self.student, self.config = student, config
+        if config.kind == "live":
+            self.model = student
+        else:
+            self.model = (initial or copy.deepcopy(student)).requires_grad_(False).eval()
+
+    @property
+    def head(self) -> torch.Tensor | None:
+        """The head's weight [V, H], or None when it is the student's: the loss then takes the exact shared-head gap."""
+        return None if self.config.kind == "live" else self.model.get_output_embeddings().weight
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After each optimizer step: an "ema" teacher moves towards the student."""
+        if self.config.kind == "ema":
+            for average, current in zip(self.model.parameters(), self.student.parameters(), strict=True):
+                average.lerp_(current, 1 - self.config.ema_decay)

@@ -1,0 +1,319 @@
+"""Shared prefix against separate rows: the packed stream, the cache, the rollouts, in float64 and bf16."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from opsdl.prefix import PrefixCache, Responses, StalePrefixError, attach, detach, generate, prefill, response_hidden
+from opsdl.prefix import partial
+
+VOCABULARY = 97
+SHAPE = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+)  # fmt: skip
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHAPE),
+    "qwen2": lambda: Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}),
+    "qwen3": lambda: Qwen3Config(**SHAPE),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+}
+
+
+def make_model(kind="llama", dtype=torch.float64, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype)
+    # Plain initialisation leaves attention almost uniform; larger weights make every key matter.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    return model
+
+
+def make_group(lengths, prefix_length=11, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    prefix_P = torch.randint(VOCABULARY, (prefix_length,), generator=generator)
+    tokens_GT = torch.randint(VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    mask_GT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return prefix_P, Responses(tokens_GT, mask_GT)
+
+
+def separate_rows(model, prefix_P, responses):
+    """[G, T, H] from G ordinary forwards of prefix + response."""
+    out = []
+    for tokens_T, length in zip(responses.tokens, responses.lengths, strict=True):
+        row = torch.cat([prefix_P, tokens_T[: length - 1]])
+        hidden_LH = model.base_model(row[None], use_cache=False).last_hidden_state[0]
+        out.append(torch.nn.functional.pad(hidden_LH[len(prefix_P) - 1 :], (0, 0, 0, tokens_T.shape[0] - length)))
+    return torch.stack(out)
+
+
+def relative(x, expected):
+    return float((x - expected).detach().norm() / expected.detach().norm())
+
+
+def gradients(model, hidden, weight):
+    model.zero_grad()
+    (hidden * weight).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [1, 7, 4, 2], [6]], ids=["even", "ragged", "single"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_stream_equals_separate_rows(kind, lengths, checkpointing):
+    model = make_model(kind)
+    prefix_P, responses = make_group(lengths)
+    weight = torch.randn(len(lengths), max(lengths), 32, dtype=torch.float64) * responses.mask[..., None]
+    expected = separate_rows(model, prefix_P, responses)
+    expected_gradients = gradients(model, expected, weight)
+    if checkpointing:
+        model.train()
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    hidden = response_hidden(model, prefix_P, responses)
+    assert relative(hidden, expected) < 1e-6  # transformers' norms and rotary embedding are float32 inside
+    assert hidden[~responses.mask].abs().sum() == 0
+    packed_gradients = gradients(model, hidden, weight)
+    assert packed_gradients.keys() == expected_gradients.keys()
+    for name, gradient in packed_gradients.items():
+        assert relative(gradient, expected_gradients[name]) < 1e-6, name
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_one_prefill_serves_rollout_and_backward(kind):
+    model = make_model(kind)
+    prefix_P, _ = make_group([1])
+    cache = prefill(model, prefix_P, gradient=True)
+    responses = generate(model, cache, num_responses=3, max_new_tokens=6, eos_token_id=range(40))
+    responses = Responses(responses.tokens, responses.mask)
+    weight = torch.randn(*responses.tokens.shape, 32, dtype=torch.float64) * responses.mask[..., None]
+    got = gradients(model, response_hidden(model, prefix_P, responses, prefix=cache), weight)
+    expected = gradients(model, separate_rows(model, prefix_P, responses), weight)
+    for name, gradient in expected.items():
+        assert relative(got[name], gradient) < 1e-6, name
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_rows_attention_is_exact(dtype, bound):
+    """The attention alone, against dense masked attention in float64, every gradient."""
+    from opsdl.prefix.layout import RowsAttention
+    from opsdl.prefix.rows import Ragged
+
+    prefix_length, lengths = 37, [9, 1, 5]
+    mask_GT = torch.arange(9) < torch.tensor(lengths)[:, None]
+    count = sum(lengths)
+    generator = torch.Generator().manual_seed(3)
+    inputs64 = [
+        torch.randn(1, heads, length, 16, dtype=torch.float64, generator=generator).requires_grad_()
+        for heads, length in [(6, count), (2, prefix_length), (2, prefix_length), (2, count), (2, count)]
+    ]
+    query, prefix_key, prefix_value, key, value = inputs64
+    row_of = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    index = torch.arange(count)
+    own = (row_of[:, None] == row_of) & (index[:, None] >= index)
+    allowed = torch.cat([torch.ones(count, prefix_length, dtype=torch.bool), own], 1)
+    keys, values = (torch.cat(pair, 2).repeat_interleave(3, 1) for pair in ((prefix_key, key), (prefix_value, value)))
+    scores = (query @ keys.mT / 4).masked_fill(~allowed, -torch.inf)
+    expected = scores.softmax(-1) @ values
+    grad_out = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
+    expected_gradients = torch.autograd.grad(expected, inputs64, grad_out)
+
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs64]
+    out = RowsAttention.apply(*inputs, Ragged(mask_GT), 0.25)
+    assert relative(out, expected) < bound
+    got = torch.autograd.grad(out, inputs, grad_out.to(dtype))
+    for x, y in zip(got, expected_gradients, strict=True):
+        assert relative(x, y) < bound
+    again = torch.autograd.grad(RowsAttention.apply(*inputs, Ragged(mask_GT), 0.25), inputs, grad_out.to(dtype))
+    assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+
+
+def test_written_out_partials_agree_with_the_operator(monkeypatch):
+    """The path of other devices, run on this one."""
+    generator = torch.Generator().manual_seed(4)
+    query, key, value, grad_out = (
+        torch.randn(2, heads, 13, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4)
+    )
+    for causal in (False, True):
+        out, lse = partial.attend(query, key, value, 0.3, causal)
+        backward = partial.attend_backward(grad_out, query, key, value, out, lse, 0.3, causal)
+
+        class Elsewhere(torch.Tensor):
+            device = torch.device("meta")
+
+        moved = query.as_subclass(Elsewhere)
+        monkeypatch.setattr(partial, "_scores", lambda q, *a, f=partial._scores: f(q.as_subclass(torch.Tensor), *a))
+        out_2, lse_2 = partial.attend(moved, key, value, 0.3, causal)
+        backward_2 = partial.attend_backward(grad_out, moved, key, value, out, lse, 0.3, causal)
+        monkeypatch.undo()
+        for x, y in zip((out, lse, *backward), (out_2, lse_2, *backward_2), strict=True):
+            assert relative(y.as_subclass(torch.Tensor), x) < 1e-14
+
+
+def test_bf16_is_no_worse_than_separate_rows():
+    model = make_model(dtype=torch.float32)
+    prefix_P, responses = make_group([6, 3, 8], prefix_length=40)
+    expected = separate_rows(model.double(), prefix_P, responses)
+    model.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = response_hidden(model, prefix_P, responses)
+        rows = separate_rows(model, prefix_P, responses)
+    assert relative(packed.double(), expected) <= 1.1 * relative(rows.double(), expected)
+
+
+def test_detached_prefix_gets_no_gradient():
+    model = make_model()
+    prefix_P, responses = make_group([4, 6, 1])
+    cache = prefill(model, prefix_P)
+    detached = response_hidden(model, prefix_P, responses, prefix_gradient="detached", prefix=cache)
+    assert torch.equal(detached, response_hidden(model, prefix_P, responses, prefix_gradient="detached"))
+    assert relative(detached, response_hidden(model, prefix_P, responses)) < 1e-6
+    weight = torch.randn(detached.shape, dtype=torch.float64) * responses.mask[..., None]
+    cache = prefill(model, prefix_P, gradient=True)
+    again = response_hidden(model, prefix_P, responses, prefix_gradient="detached", prefix=cache)
+    # Only the tokens of the rows feed the embedding: what the prefix alone holds gets none.
+    embedding = gradients(model, detached, weight)["model.embed_tokens.weight"]
+    assert torch.equal(embedding, gradients(model, again, weight)["model.embed_tokens.weight"])
+    only_prefix = set(prefix_P[:-1].tolist()) - set(responses.tokens.flatten().tolist()) - {int(prefix_P[-1])}
+    assert only_prefix and embedding[list(only_prefix)].abs().sum() == 0
+    exact = gradients(model, response_hidden(model, prefix_P, responses), weight)["model.embed_tokens.weight"]
+    assert exact[list(only_prefix)].abs().sum() > 0
+
+
+def test_one_prefill_equals_separate_prefills_token_for_token():
+    model = make_model()
+    prefixes = [make_group([1], prefix_length=n, seed=n)[0] for n in (9, 17, 5)]
+    expected = []
+    for prefix_P in prefixes:
+        row = prefix_P.clone()
+        for _ in range(12):
+            row = torch.cat([row, model(row[None], use_cache=False).logits[0, -1].argmax(keepdim=True)])
+        expected.append(row[len(prefix_P) :])
+    end = expected[0][6]  # a token that ends at least the first row early
+    groups = generate(
+        model, [prefill(model, p) for p in prefixes], num_responses=3, max_new_tokens=12, temperature=0.0,
+        eos_token_id=int(end),
+    )  # fmt: skip
+    for tokens_T, group in zip(expected, groups, strict=True):
+        stops = (tokens_T == end).nonzero()
+        length = int(stops[0]) + 1 if len(stops) else 12
+        assert group.lengths == [length] * 3
+        for row in group.tokens:
+            assert row[:length].tolist() == tokens_T[:length].tolist()
+    assert groups[0].lengths[0] <= 7
+
+
+def test_generate_matches_transformers_and_reports_log_probs(smollm2, tokenizer):
+    text = "Name the three primary colours, then the capital of France."
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    end = tokenizer.eos_token_id
+    with torch.no_grad():
+        expected = smollm2.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=end)[0, ids.shape[1] :]
+    ours = generate(smollm2, prefill(smollm2, ids[0]), num_responses=2, max_new_tokens=12, temperature=0, eos_token_id=end)
+    assert ours.tokens[0].tolist() == ours.tokens[1].tolist() == expected.tolist()
+    hidden_GTH = response_hidden(smollm2, ids[0], ours)
+    log_probs = smollm2.lm_head(hidden_GTH).log_softmax(-1).gather(2, ours.tokens[..., None])[..., 0]
+    assert torch.allclose(log_probs[ours.mask], ours.log_probs[ours.mask], atol=1e-4)
+
+
+def test_sampling_follows_the_distribution():
+    model = make_model()
+    prefix_P, _ = make_group([1])
+    with torch.no_grad():
+        probabilities = (model(prefix_P[None]).logits[0, -1] / 3.0).softmax(-1)
+    cache, count = prefill(model, prefix_P), 4000
+    draw = dict(num_responses=count, max_new_tokens=1, temperature=3.0, eos_token_id=VOCABULARY - 1)
+    first = generate(model, cache, **draw, generator=torch.Generator().manual_seed(0)).tokens[:, 0]
+    frequency = torch.bincount(first, minlength=VOCABULARY) / count
+    error = (probabilities * (1 - probabilities) / count).sqrt()
+    assert ((frequency - probabilities).abs() < 5 * error + 1e-3).all()
+    again = generate(model, cache, **draw, generator=torch.Generator().manual_seed(0)).tokens[:, 0]
+    assert torch.equal(first, again)
+    nucleus = generate(model, cache, **draw, top_p=0.5, generator=torch.Generator().manual_seed(0)).tokens[:, 0]
+    ordered, order = probabilities.sort(descending=True)
+    kept = order[: int((ordered.cumsum(0) < 0.5).sum()) + 1]
+    assert set(nucleus.tolist()) == set(kept.tolist())
+
+
+def test_the_cache_refuses_other_weights():
+    model = make_model()
+    prefix_P, responses = make_group([2, 3])
+    cache = prefill(model, prefix_P)
+    generate(model, cache, max_new_tokens=1, eos_token_id=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    response_hidden(model, prefix_P, responses).sum().backward()
+    optimizer.step()
+    with pytest.raises(StalePrefixError, match="call prefill again"):
+        generate(model, cache, max_new_tokens=1, eos_token_id=0)
+    with pytest.raises(StalePrefixError):
+        response_hidden(model, prefix_P, responses, prefix_gradient="detached", prefix=cache)
+    with pytest.raises(StalePrefixError):
+        generate(make_model(), cache, max_new_tokens=1, eos_token_id=0)
+
+
+def test_attach_keeps_ordinary_calls_and_can_be_undone():
+    model = make_model()
+    ids = torch.randint(VOCABULARY, (2, 10))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0  # left padding must reach the attention
+    before, implementation = model(ids, attention_mask=mask).logits, model.config._attn_implementation
+    attach(model)
+    assert torch.equal(model(ids, attention_mask=mask).logits, before)
+    detach(model)
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(ids, attention_mask=mask).logits, before)
+
+
+def test_errors_name_the_argument():
+    model = make_model()
+    prefix_P, responses = make_group([2, 3])
+    tokens_GT = responses.tokens
+    cache = prefill(model, prefix_P)
+    go = dict(max_new_tokens=2, eos_token_id=1)
+    cases = [
+        (lambda: prefill(model, prefix_P[None]), r"prefix_ids: expected int64 \[P\]"),
+        (lambda: prefill(model, prefix_P[:1]), "P >= 2"),
+        (lambda: prefill(model, prefix_P.repeat(7)), "exceed the model's context of 64"),
+        (lambda: response_hidden(model, prefix_P.repeat(6)[:62], responses), "62 tokens and 3 response tokens"),
+        (lambda: Responses(tokens_GT, torch.zeros_like(tokens_GT, dtype=torch.bool)), "response 0 is empty"),
+        (lambda: Responses(tokens_GT, torch.tensor([[True, False, True]] * 2)), "True up to the end"),
+        (lambda: Responses(tokens_GT, torch.ones(2, 2, dtype=torch.bool)), r"expected bool \(2, 3\)"),
+        (lambda: Responses(tokens_GT.float(), tokens_GT > 0), "expected int64"),
+        (lambda: response_hidden(model, prefix_P, responses, prefix_gradient="half"), "'exact' or 'detached'"),
+        (lambda: response_hidden(model, prefix_P, responses, prefix=cache), "made without gradient"),
+        (lambda: response_hidden(model, prefix_P + 1, responses, prefix_gradient="detached", prefix=cache), "other tok"),
+        (lambda: generate(model, cache, max_new_tokens=0, eos_token_id=1), "max_new_tokens: 0"),
+        (lambda: generate(model, cache, **go, num_responses=0), "num_responses: 0"),
+        (lambda: generate(model, cache, **go, temperature=-1), "temperature: -1"),
+        (lambda: generate(model, cache, **go, top_p=0), "top_p: 0"),
+        (lambda: generate(model, cache, max_new_tokens=1, eos_token_id=[]), "eos_token_id: empty"),
+        (lambda: generate(model, [], **go), "empty sequence"),
+        (lambda: generate(model, cache, max_new_tokens=60, eos_token_id=1), "60 response tokens exceed"),
+        (lambda: partial.attend(*(torch.zeros(1, h, n, 8) for h, n in ((5, 3), (2, 3), (2, 3))), 1.0, False), "multiple"),
+        (lambda: partial.attend(*(torch.zeros(1, 2, n, 8) for n in (3, 0, 0)), 1.0, False), "non-empty"),
+        (lambda: partial.attend(*(torch.zeros(1, 2, n, 8) for n in (3, 4, 4)), 1.0, True), "Lq == Lk"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_unsupported_layers_are_refused():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MistralConfig(**SHAPE, sliding_window=4))
+    with pytest.raises(ValueError, match="layer 0 has a sliding window"):
+        prefill(model, torch.arange(6))
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE, attention_dropout=0.1)).train()
+    with pytest.raises(ValueError, match="attention dropout is 0.1"):
+        prefill(model, torch.arange(6))
+
+
+def test_the_cache_holds_one_copy_of_the_prefix():
+    model = make_model()
+    prefix_P, _ = make_group([1], prefix_length=20)
+    cache = prefill(model, prefix_P)
+    assert isinstance(cache, PrefixCache)
+    assert cache.nbytes == 2 * 2 * 19 * 2 * 8 * 8  # K and V, 2 layers, 19 tokens, 2 heads, 8 dims, 8 bytes
