@@ -13,6 +13,7 @@ import click
 
 from opsdl import __version__
 from opsdl.errors import UserError
+from opsdl.files import write_whole
 
 FILE = click.Path(path_type=Path)
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes
@@ -109,7 +110,7 @@ def evaluate(config: Path, overrides: tuple[str, ...], checkpoint: Path | None, 
     result = run(load_model(resolved.model, device), load_tokenizer(resolved.model), resolved)
     click.echo(_accuracies(result))
     if out is not None:
-        out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 @commands.command()

@@ -296,3 +296,20 @@ def test_length_is_checked_and_never_cut():
     check_length(10**9, 10, None, "item 3")
     with refuses("item 3: 91 prompt tokens . 10 new tokens exceed the model's limit of 100"):
         check_length(91, 10, 100, "item 3")
+
+
+def test_questions_about_one_context(tokenizer):
+    config = NeedleConfig(kinds=["multikey"], length=300, short_length=80, questions=4)
+    triplets = make_needles(tokenizer, config, 8, seed=1)
+    assert len({t.id for t in triplets}) == 8
+    for group in (triplets[:4], triplets[4:]):
+        assert len({t.long_context for t in group}) == 1
+        assert len({t.question for t in group}) == len({t.answers for t in group}) == 4
+        for t in group:
+            assert t.answers[0] in t.short_context and t.answers[0] in t.long_context
+            others = [o.answers[0] for o in group if o is not t]
+            assert not any(other in t.short_context for other in others)
+    assert triplets[0].long_context != triplets[4].long_context
+    for bad in (NeedleConfig(questions=2), NeedleConfig(kinds=["multikey"], questions=5)):
+        with pytest.raises(UserError, match="questions is . with kinds"):
+            make_needles(tokenizer, bad, 1, seed=1)

@@ -114,7 +114,7 @@ def test_gain_needs_the_same_items():
 
 @pytest.fixture
 def config(tmp_path):
-    needles = NeedleConfig(haystack="python", split="eval", kinds=["single", "multivalue"], length=200, short_length=100)
+    needles = NeedleConfig("python", split="eval", kinds=["single", "multivalue"], length=200, short_length=100)
     return RunConfig(
         run_dir=str(tmp_path),
         model=ModelConfig(name="tiny", compute_dtype="float32"),
@@ -159,7 +159,8 @@ def test_evaluate_refuses_prompts_that_do_not_fit(tiny_model, tokenizer, config,
 def made_up_result(seed: int, bias: float) -> dict:
     """A result of evaluate() with random scores; `bias` is the chance to find an answer under the long context."""
     draw, sets = random.Random(seed), []
-    for name, length, tasks in (("kjv-1000", 1000, ["single", "multikey"]), ("python-2000", 2000, ["single", "multivalue"])):
+    described = (("kjv-1000", 1000, ["single", "multikey"]), ("python-2000", 2000, ["single", "multivalue"]))
+    for name, length, tasks in described:
         samples = []
         for index in range(30):
             long_score, short_score = float(draw.random() < bias), draw.choice([0.5, 1.0, 1.0])
@@ -181,8 +182,8 @@ def made_up_result(seed: int, bias: float) -> dict:
             means = {c: sum(s[f"{c}_score"] for s in members) / len(members) for c in ("long", "short")}
             by_task[task] = means | {"count": len(members)}
         scores = {c: dataclasses.asdict(accuracy([s[f"{c}_score"] for s in samples])) for c in ("long", "short")}
-        described = {"name": name, "length": length, "haystack": name[:3], "kinds": tasks, "items": len(samples)}
-        sets.append(described | scores | {"by_task": by_task, "samples": samples})
+        head = {"name": name, "length": length, "haystack": name.split("-")[0], "kinds": tasks, "items": len(samples)}
+        sets.append(head | scores | {"by_task": by_task, "samples": samples})
     return {"sets": sets, "seconds": 12.5}
 
 
@@ -263,7 +264,8 @@ def test_table_is_aligned_and_consistent(run):
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     old, new = before["sets"][0], after["sets"][0]
     assert cells[:3] == ["kjv-1000", "1000", "30"]
-    assert cells[3].startswith(f"{100 * old['long']['mean']:.1f} [") and cells[4].startswith(f"{100 * new['long']['mean']:.1f} [")
+    assert cells[3].startswith(f"{100 * old['long']['mean']:.1f} [")
+    assert cells[4].startswith(f"{100 * new['long']['mean']:.1f} [")
     assert cells[5].startswith(f"{100 * (new['long']['mean'] - old['long']['mean']):+.1f} [")
     assert cells[6] == f"{100 * old['short']['mean']:.1f} -> {100 * new['short']['mean']:.1f}"
 

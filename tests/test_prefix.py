@@ -94,6 +94,35 @@ def test_one_prefill_serves_rollout_and_backward(kind):
         assert relative(got[name], gradient) < 1e-6, name
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_questions_share_their_document(kind):
+    """Two levels: one document, three questions of different length, two responses each, one backward."""
+    model = make_model(kind)
+    document_P, _ = make_group([1])
+    prompts = [torch.cat([document_P, make_group([1], length, seed=length)[0]]) for length in (2, 3, 7)]
+    document = prefill(model, document_P, gradient=True)
+    caches = [prefill(model, prompt, gradient=True, parent=document) for prompt in prompts]
+    alone = [prefill(model, prompt) for prompt in prompts]
+    options = dict(num_responses=2, max_new_tokens=6, temperature=0, eos_token_id=0)
+    for a, b in zip(generate(model, caches, **options), generate(model, alone, **options), strict=True):
+        assert torch.equal(a.tokens, b.tokens)
+    groups = generate(model, caches, num_responses=2, max_new_tokens=6, eos_token_id=range(30))
+    weight = torch.randn(6, 32, dtype=torch.float64)
+
+    def total(hidden_of):
+        hiddens = [hidden_of(i)[groups[i].mask] for i in range(3)]
+        return torch.cat(hiddens), torch.cat([weight[: groups[i].tokens.shape[1]].expand(2, -1, 32)[groups[i].mask] for i in range(3)])
+
+    got = gradients(model, *total(lambda i: response_hidden(model, prompts[i], groups[i], prefix=caches[i])))
+    expected = gradients(model, *total(lambda i: separate_rows(model, prompts[i], groups[i])))
+    for name, gradient in expected.items():
+        assert relative(got[name], gradient) < 1e-6, name
+    with pytest.raises(ValueError, match="parent: 11 tokens; expected a beginning of the 11 prefix_ids"):
+        prefill(model, document_P, parent=document)
+    with pytest.raises(ValueError, match="expected a beginning"):
+        prefill(model, prompts[0] + 1, parent=document)
+
+
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_rows_attention_is_exact(dtype, bound):
     """The attention alone, against dense masked attention in float64, every gradient."""

@@ -203,16 +203,16 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(config, tmp_path):
 
 
 def test_bad_runs_are_refused_before_anything_is_written(config, tokenizer, tmp_path):
-    def triplets(**change):
-        path = tmp_path / "data.jsonl"
+    def triplets(name, **change):
+        path = tmp_path / name
         good = Triplet("a long context with a page", "a page", "what?", ("a",))
         write_triplets(path, [good, replace(good, **change)])
         return DataConfig(triplets=str(path))
 
     long = "word " * 2100
     cases = [
-        ({"data": triplets(long_context=long)}, r"data.jsonl, item 2, long_context: 21\d\d prompt tokens \+ 5 new tokens"),
-        ({"data": triplets(short_context=long)}, "item 2, short_context"),
+        ({"data": triplets("a.jsonl", long_context=long)}, r"a.jsonl, item 2, long_context: 21\d\d prompt tokens \+ 5 new tokens"),
+        ({"data": triplets("b.jsonl", short_context=long)}, "item 2, short_context"),
         ({"data": DataConfig(triplets="nowhere.jsonl")}, "nowhere.jsonl: no such file"),
         ({"data": DataConfig(needles=replace(NEEDLES, length=2100))}, "long_context: .* exceed the model's limit of 2048"),
         ({"model": ModelConfig(name="no/where/at/all")}, "no/where/at/all"),

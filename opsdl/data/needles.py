@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the arrow runs from training to data
     from opsdl.training.config import NeedleConfig
 
 KINDS = ("single", "multikey", "multivalue", "multiquery")
+NUM_KEYS = 4  # of multikey and multiquery
 COUNT_WORDS = {2: "two", 3: "three"}
 GAP = "..."  # the line between two excerpts of a short context
 UNIT_BATCH = 64  # units tokenized together; any number gives the same contexts
@@ -110,12 +111,12 @@ NUMBERS = {
 
 @dataclass(frozen=True)
 class Needles:
-    """The needle sentences of one item, the question, its answers, and how many of the first sentences answer it."""
+    """The needle sentences of one item, the question, its answers, and which of the sentences answer it."""
 
     sentences: list[str]
     question: str
     answers: tuple[str, ...]
-    asked: int
+    asked: range
 
 
 def make_needles(tokenizer: PreTrainedTokenizerBase, config: NeedleConfig, count: int, seed: int) -> list[Triplet]:
@@ -124,7 +125,8 @@ def make_needles(tokenizer: PreTrainedTokenizerBase, config: NeedleConfig, count
 
 
 def make_needle(tokenizer: PreTrainedTokenizerBase, config: NeedleConfig, seed: int, index: int) -> Triplet:
-    """Item `index` of a seed; the kinds of `config` take turns.
+    """Item `index` of a seed; the kinds of `config` take turns. Each run of `config.questions` items asks about one
+    long context, each for another key.
 
     The long context is a passage of the haystack with the needles between its units, one a line, within a few tokens of
     `config.length` and never above. The short context is an excerpt of it of at most `config.short_length` tokens: the
@@ -137,34 +139,45 @@ def make_needle(tokenizer: PreTrainedTokenizerBase, config: NeedleConfig, seed: 
     units = region(config.haystack, config.split)
     if not config.kinds or not set(config.kinds) <= set(KINDS):
         raise UserError(f"needles: kinds is {list(config.kinds)}; expected some of {', '.join(KINDS)}")
-    kind = config.kinds[index % len(config.kinds)]
-    name = f"{config.haystack}-{config.split}-{kind}-{config.length}-{index}"
+    if config.questions > 1 and (set(config.kinds) != {"multikey"} or config.questions > NUM_KEYS):
+        raise UserError(
+            f"needles: questions is {config.questions} with kinds {list(config.kinds)}; expected 1, or up to {NUM_KEYS}"
+            " with kinds [multikey]"
+        )
+    context, question = divmod(index, config.questions)
+    kind = config.kinds[context % len(config.kinds)]
+    name = f"{config.haystack}-{config.split}-{kind}-{config.length}-{context}"
     rng = random.Random(f"{seed}/{name}")
-    needles = _draw(kind, config.split, rng)
+    needles = _draw(kind, config.split, rng, question)
     lines, places = _hide(tokenizer, needles.sentences, units, config.length, rng)
     if len(lines) - len(places) == len(units):
         raise UserError(f"needles: length {config.length} exceeds the {config.split} region of {config.haystack}")
-    evidence, competing = places[: needles.asked], places[needles.asked :]
+    evidence = [places[i] for i in needles.asked]
+    competing = [place for place in places if place not in evidence]
     short_context = _excerpt(tokenizer, lines, evidence, competing, config.short_length)
+    if config.questions > 1:
+        name += f"-{question}"
     return Triplet("\n".join(lines), short_context, needles.question, needles.answers, name, kind)
 
 
-def _draw(kind: str, split: str, rng: random.Random) -> Needles:
+def _draw(kind: str, split: str, rng: random.Random, first: int) -> Needles:
+    """`first` is the number of the first key asked for; what is hidden does not depend on it."""
     wording = rng.choice(WORDINGS[split])
     num_values = rng.randint(2, 3) if kind == "multivalue" else 1
-    num_keys = 4 if kind in ("multikey", "multiquery") else 1
-    asked = {"single": 1, "multikey": 1, "multivalue": num_values, "multiquery": 2}[kind]
+    num_keys = NUM_KEYS if kind in ("multikey", "multiquery") else 1
+    count = {"single": 1, "multikey": 1, "multivalue": num_values, "multiquery": 2}[kind]
+    asked = range(first, first + count)
     keys = rng.sample(NOUNS[split], num_keys) * num_values
     values = [str(number) for number in rng.sample(NUMBERS[split], len(keys))]
     sentences = [wording.needle.format(key=key, value=value) for key, value in zip(keys, values)]
-    if asked == 1:
-        question = wording.one.format(key=keys[0])
+    if count == 1:
+        question = wording.one.format(key=keys[first])
     elif kind == "multivalue":
-        question = wording.values.format(key=keys[0], count=COUNT_WORDS[asked])
+        question = wording.values.format(key=keys[first], count=COUNT_WORDS[count])
     else:
-        named = " and ".join(f"the {key}" for key in keys[:asked])
+        named = " and ".join(f"the {keys[i]}" for i in asked)
         question = wording.keys.format(keys=named)
-    return Needles(sentences, question, tuple(values[:asked]), asked)
+    return Needles(sentences, question, tuple(values[i] for i in asked), asked)
 
 
 def _hide(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from opsdl.errors import UserError
+from opsdl.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,11 @@ def write_triplets(path: str | Path, triplets: Iterable[Triplet]) -> None:
     Raises UserError when the directory does not exist or cannot be written.
     """
     path = Path(path)
+    text = "".join(json.dumps(asdict(triplet), ensure_ascii=False) + "\n" for triplet in triplets)
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        write_whole(path, text)
     except OSError as error:
         raise UserError(f"triplets {path}: cannot write in {path.parent}: {error.strerror}") from None
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            for triplet in triplets:
-                file.write(json.dumps(asdict(triplet), ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _parse(line: str, where: str) -> Triplet:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -19,6 +17,7 @@ import transformers
 from opsdl.errors import UserError
 from opsdl.evaluation.plots import plot_report
 from opsdl.evaluation.scoring import Accuracy, gain
+from opsdl.files import write_whole
 
 if TYPE_CHECKING:
     from opsdl.training.config import RunConfig
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 PARTS = ("rollout", "teacher", "student", "optimizer")  # metrics hold seconds_<part> of each step
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 3, 300
 TEACHERS = {
-    "frozen": "the initial weights, frozen",
+    "frozen": "the frozen initial weights",
     "live": "the student's own current weights",
     "ema": "a moving average of the student's weights",
 }
@@ -59,9 +58,9 @@ def write_report(
         "metrics": metrics,
     }
     title = f"OPSDL run {Path(run_dir).resolve().name}"
-    _write(run_dir, "report.json", (json.dumps(raw, indent=2, ensure_ascii=False) + "\n").encode())
-    _write(run_dir, "report.png", plot_report(before, after, metrics, title))
-    _write(run_dir, "report.md", _markdown(title, config, before, after, metrics, facts).encode())
+    write_whole(Path(run_dir, "report.json"), json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
+    write_whole(Path(run_dir, "report.png"), plot_report(before, after, metrics, title))
+    write_whole(Path(run_dir, "report.md"), _markdown(title, config, before, after, metrics, facts))
 
 
 def format_table(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -89,7 +88,7 @@ def format_table(before: dict[str, Any], after: dict[str, Any]) -> str:
 def _gains(before: dict[str, Any], after: dict[str, Any]) -> list[Accuracy]:
     """The paired gain under the long context, one for each set."""
     if _items(before) != _items(after):
-        raise UserError("report: the evaluations before and after hold different items; expected the same sets and seed")
+        raise UserError("report: evaluations before and after hold different items; expected the same sets and seed")
     return [
         gain([sample["long_score"] for sample in old["samples"]], [sample["long_score"] for sample in new["samples"]])
         for old, new in zip(before["sets"], after["sets"], strict=True)
@@ -113,8 +112,8 @@ def _markdown(
         f"# {title}",
         _what_was_trained(config),
         "## Accuracy",
-        "Percent of the expected answers found in the greedy response, with 95 % intervals. The gain is paired: the same "
-        "items before and after, under the long context, in points.",
+        "Percent of the expected answers found in the greedy response, with 95 % intervals. The gain is paired: the "
+        "same items before and after, under the long context, in points.",
         format_table(before, after),
         "![KL, rollout accuracy and evaluation accuracy](report.png)",
         _disjointness(config),
@@ -184,7 +183,7 @@ def _training_table(metrics: list[dict[str, Any]]) -> str:
     seconds = {part: [row[f"seconds_{part}"] for row in metrics] for part in PARTS}
     rows = [
         ("steps", str(len(metrics))),
-        ("minutes", f"{sum(map(sum, seconds.values())) / 60:.1f}"),
+        ("minutes of training", f"{sum(map(sum, seconds.values())) / 60:.1f}"),
         ("KL, first step -> last step", f"{metrics[0]['kl']:.4g} -> {metrics[-1]['kl']:.4g}"),
         *((f"mean seconds a step, {part}", f"{statistics.fmean(values):.2f}") for part, values in seconds.items()),
     ]
@@ -237,16 +236,3 @@ def _device_name(device: str) -> str:
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name(None if device == "auto" else device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _write(run_dir: Path, name: str, content: bytes) -> None:
-    """Replace run_dir/name in one step: a reader sees the old file or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=run_dir, prefix=f".{name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private to the user
-        os.replace(temporary, Path(run_dir) / name)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsdl.prefix.attention import last_hidden
-from opsdl.prefix.layout import KeyValue, PrefixLayout
+from opsdl.prefix.layout import ExtendLayout, KeyValue, PrefixLayout
 
 
 class StalePrefixError(RuntimeError):
@@ -73,23 +73,35 @@ def check_prefix(model: PreTrainedModel, prefix_ids: Tensor, new_tokens: int = 0
         )
 
 
-def prefill(model: PreTrainedModel, prefix_ids: Tensor, *, gradient: bool = False) -> PrefixCache:
+def prefill(
+    model: PreTrainedModel, prefix_ids: Tensor, *, gradient: bool = False, parent: PrefixCache | None = None
+) -> PrefixCache:
     """Run the prefix [P] through the model once. Design, "Shared prefix".
+
+    With `parent`, the cache of a beginning of `prefix_ids`, only the tokens after that beginning run: questions about
+    one document share the document. The new cache holds its own copy of the parent's keys and values.
 
     gradient=True keeps the graph of this one pass: rollouts read the keys and values, then `response_hidden` runs the
     rows over them and its backward goes through the prefix, so no second forward of the prefix is needed. The graph
-    lives as long as the cache, and activation checkpointing must be off.
+    lives as long as the cache, and activation checkpointing must be off. A parent made with gradient passes it on.
 
-    Raises ValueError for a wrong shape or dtype, a prefix longer than the model's context, or a model with layers
-    that keep no keys and values.
+    Raises ValueError for a wrong shape or dtype, a prefix longer than the model's context, a parent that is not a
+    shorter beginning of it, or a model with layers that keep no keys and values; StalePrefixError for a parent made by
+    other weights.
     """
     check_prefix(model, prefix_ids)
     if gradient and model.is_activation_checkpointing:
         raise ValueError("gradient: True with activation checkpointing on; expected one of the two")
-    layout = PrefixLayout()
-    head_BL = prefix_ids[None, :-1]
+    start, layout = 0, PrefixLayout()
+    if parent is not None:
+        parent.check(model)
+        if parent.length >= len(prefix_ids) or not torch.equal(parent.tokens, prefix_ids[: parent.length]):
+            raise ValueError(f"parent: {parent.length} tokens; expected a beginning of the {len(prefix_ids)} prefix_ids")
+        start = parent.length - 1
+        layout = ExtendLayout(prefix_ids.shape[0] - 1 - start, parent.layers, prefix_ids.device)
+    positions_BL = torch.arange(start, prefix_ids.shape[0] - 1, device=prefix_ids.device)[None]
     with torch.set_grad_enabled(gradient):
-        last_hidden(model, head_BL, torch.arange(head_BL.shape[1], device=head_BL.device)[None], layout)
+        last_hidden(model, prefix_ids[None, start:-1], positions_BL, layout)
     if len(layout.layers) != model.config.num_hidden_layers:
         raise ValueError(
             f"model: {len(layout.layers)} of {model.config.num_hidden_layers} layers keep keys and values; a shared"

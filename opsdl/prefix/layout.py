@@ -1,4 +1,4 @@
-"""The three layouts of a stream: a prefix alone, a prefix with its rows, and rows that grow by one token a step.
+"""The layouts of a stream: a prefix alone or extended, a prefix with its rows, rows that grow by one token a step.
 
 Each layout answers `attend(layer, query, key, value, scale)` for the tokens of its stream.
 """
@@ -49,6 +49,19 @@ class RowsLayout:
         out_P = causal(query_P, key_P, value_P, scale)
         out_N = RowsAttention.apply(query_N, key_P, value_P, key_N, value_N, self.rows, scale)
         return torch.cat([out_P, out_N], dim=2)
+
+
+class ExtendLayout:
+    """Tokens that follow a cached prefix, as one row over it; keeps the keys and values of the whole, old and new."""
+
+    def __init__(self, count: int, cached: dict[int, KeyValue], device: torch.device):
+        self.row = RowsLayout(torch.ones(1, count, dtype=torch.bool, device=device), cached=cached)
+        self.layers: dict[int, KeyValue] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        old_key, old_value = self.row.cached[layer]
+        self.layers[layer] = (torch.cat([old_key, key], 2), torch.cat([old_value, value], 2))
+        return self.row.attend(layer, query, key, value, scale)
 
 
 class RowsAttention(torch.autograd.Function):

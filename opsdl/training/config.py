@@ -36,6 +36,7 @@ class NeedleConfig:
     split: str = "train"  # train | eval: disjoint keys, values, wording and haystack region
     kinds: list[str] = field(default_factory=lambda: ["single", "multikey", "multivalue", "multiquery"])
     length: int = 1000  # tokens of the long context
+    questions: int = 1  # asked about one long context, each for another key; they share its prefill
     short_length: int = 150  # tokens of the short context, an excerpt that holds the evidence
 
 
@@ -120,8 +121,8 @@ CHOICES = {
 }
 POSITIVE = (
     "rollout.group_size", "rollout.max_new_tokens", "optimizer.lr", "steps", "prompts_per_step", "checkpoint_every",
-    "keep_checkpoints", "data.needles.length", "data.needles.short_length", "evaluation.max_new_tokens",
-    "evaluation.batch_size",
+    "keep_checkpoints", "data.needles.length", "data.needles.short_length", "data.needles.questions",
+    "evaluation.max_new_tokens", "evaluation.batch_size",
 )  # fmt: skip
 
 
@@ -201,7 +202,7 @@ def _check_values(config: Any) -> None:
         if not value > 0:
             raise UserError(f"config: key {key} is {value}; expected a positive number")
     for index, chosen in enumerate(config.evaluation.sets):
-        for key in ("items", "needles.length", "needles.short_length"):
+        for key in ("items", "needles.length", "needles.short_length", "needles.questions"):
             value = OmegaConf.select(chosen, key)
             if not value > 0:
                 raise UserError(f"config: key evaluation.sets[{index}].{key} is {value}; expected a positive number")

@@ -1,25 +1,20 @@
 """The training loop. It reads like the algorithm (arXiv 2604.17535, algorithm 1; design, "What it is for"):
 
     for each prompt (C_L, C_S, Q) of the step
-        prefix    = prefill(student, C_L + Q)
+        prefix    = prefill(student, C_L + Q)                     questions about one C_L share its prefill
         responses = generate(student, prefix)                     y ~ p(. | C_L, Q), a group from one prefill
         q         = response_hidden(teacher, C_S + Q, responses)  no gradient
         p         = response_hidden(student, C_L + Q, responses)  with gradient, through that same prefill
         loss      = mean over response tokens of KL(p || q)
-    optimizer step
+    backward, optimizer step
 
 Run it with `opsdl train recipes/smollm2-kjv.yaml`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import resource
-import signal
 import statistics
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -36,7 +31,8 @@ from opsdl.models import context_limit, eos_token_ids, load_model, load_tokenize
 from opsdl.prefix import PrefixCache, Responses, generate, prefill, response_hidden
 from opsdl.training.checkpoint import restore_trainer, save_checkpoint
 from opsdl.training.config import RunConfig
-from opsdl.training.prompts import Prompt, Prompts
+from opsdl.training.monitor import Clock, interrupt_after_step, peak_memory_mib
+from opsdl.training.prompts import Prompt, Prompts, by_context, common_beginning
 from opsdl.training.rundir import RunDir
 from opsdl.training.teacher import Teacher
 
@@ -82,10 +78,10 @@ class Trainer:
         checkpoint = run.checkpoint
         if checkpoint is None:
             self.student, self.done = initial, 0
-            self.teacher = Teacher(self.student, None, config.teacher)
+            self.teacher = Teacher(self.student, None, config)
         else:
             self.student = load_model(replace(config.model, name=str(checkpoint), gguf_file=None), device)
-            self.teacher = Teacher(self.student, initial, config.teacher)
+            self.teacher = Teacher(self.student, initial, config)
         self.student.train()
         if config.model.activation_checkpointing:
             self.student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -112,7 +108,7 @@ class Trainer:
 
     def run_steps(self) -> None:
         with (
-            _interrupt_after_step() as interrupted,
+            interrupt_after_step() as interrupted,
             tqdm(total=self.config.steps, initial=self.done, unit="step", desc="train") as bar,
         ):
             while self.done < self.config.steps:
@@ -132,16 +128,23 @@ class Trainer:
         clock.lap("rollout")
         num_tokens = sum(int(group.mask.sum()) for group in groups)
         loss, kl, entropy = 0.0, 0.0, 0.0
-        for prompt, responses in zip(batch, groups, strict=True):
-            prefix = prefixes.pop(0)  # its graph is freed with its backward
-            teacher_GTH = self.teacher_hidden(prompt, responses)
-            clock.lap("teacher")
-            value, stats = self.loss(self.student_hidden(prompt, prefix, responses), teacher_GTH, responses)
-            (value / num_tokens).backward()
-            clock.lap("student")
-            loss += value.item() / num_tokens
+        todo = list(zip(batch, prefixes, groups, strict=True))
+        del prefixes  # a graph lives until its backward
+        for prompts in by_context(batch):
+            students, teachers, tokens = [], [], []
+            for _ in prompts:
+                prompt, prefix, responses = todo.pop(0)
+                teachers.append(self.teacher_hidden(prompt, responses)[responses.mask])
+                clock.lap("teacher")
+                students.append(self.student_hidden(prompt, prefix, responses)[responses.mask])
+                tokens.append(responses.tokens[responses.mask])
+                del prefix
+            total, stats = self.loss(torch.cat(students), torch.cat(teachers), torch.cat(tokens))
+            (total / num_tokens).backward()  # one pass through the prefill that these prompts share
+            loss += total.item() / num_tokens
             kl += float(stats["kl"].sum()) / num_tokens
             entropy += float(stats["entropy"].sum()) / num_tokens
+            clock.lap("student")
         if not math.isfinite(loss):
             raise UserError(
                 f"step {self.done + 1}: the loss is {loss}; expected a finite number. Nothing was changed: the last"
@@ -160,7 +163,7 @@ class Trainer:
             "response_length": num_tokens / sum(len(group.lengths) for group in groups),
             "tokens_per_second": (sum(len(p.long_ids) for p in batch) + num_tokens) / sum(seconds.values()),
             **{f"seconds_{part}": value for part, value in seconds.items()},
-            "peak_memory_mib": _peak_memory_mib(self.device),
+            "peak_memory_mib": peak_memory_mib(self.device),
             "grad_norm": gradient_norm,
             "lr": self.optimizer.param_groups[0]["lr"],
         }
@@ -173,7 +176,7 @@ class Trainer:
         # Drawn from (seed, step) alone, so that a resumed run samples what the uninterrupted one would have.
         generator = torch.Generator(self.device).manual_seed(self.config.seed * 1_000_003 + self.done)
         with self.autocast():
-            prefixes = [prefill(self.student, p.long_ids, gradient=self.reuse_prefill) for p in batch]
+            prefixes = [cache for prompts in by_context(batch) for cache in self.prefill(prompts)]
             groups = generate(
                 self.student,
                 prefixes,
@@ -185,6 +188,13 @@ class Trainer:
                 generator=generator,
             )
         return prefixes, groups
+
+    def prefill(self, prompts: list[Prompt]) -> list[PrefixCache]:
+        """A cache for each of the prompts, which share their long context and so its prefill."""
+        document = None
+        if len(prompts) > 1:
+            document = prefill(self.student, common_beginning(prompts), gradient=self.reuse_prefill)
+        return [prefill(self.student, p.long_ids, gradient=self.reuse_prefill, parent=document) for p in prompts]
 
     @torch.no_grad()
     def teacher_hidden(self, prompt: Prompt, responses: Responses) -> Tensor:
@@ -201,20 +211,14 @@ class Trainer:
                 self.student, prompt.long_ids, responses, prefix_gradient=mode, prefix=prefix if usable else None
             )
 
-    def loss(self, student_GTH: Tensor, teacher_GTH: Tensor, responses: Responses) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, student_NH: Tensor, teacher_NH: Tensor, tokens_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over response tokens, and per-token statistics."""
-        heads = self.student.get_output_embeddings().weight, teacher_GTH, self.teacher.head
-        options = {
-            "mask": responses.mask,
-            "softcap": getattr(self.student.config, "final_logit_softcapping", None),
-            "reduction": "sum",
-            "return_stats": True,
-        }
+        heads = self.student.get_output_embeddings().weight, teacher_NH, self.teacher.head
+        softcap = getattr(self.student.config, "final_logit_softcapping", None)
+        options = {"softcap": softcap, "reduction": "sum", "return_stats": True}
         if self.config.loss.kind == "full":
-            return fused_reverse_kl(student_GTH, *heads, **options)
-        return fused_policy_reverse_kl(
-            student_GTH, *heads, responses.tokens, baseline=self.config.loss.baseline, **options
-        )
+            return fused_reverse_kl(student_NH, *heads, **options)
+        return fused_policy_reverse_kl(student_NH, *heads, tokens_N, baseline=self.config.loss.baseline, **options)
 
     def update(self) -> float:
         """Clip, step, move the teacher. Returns the gradient's norm before clipping."""
@@ -258,44 +262,3 @@ class Trainer:
         """
         dtype = getattr(torch, self.config.model.compute_dtype)
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
-
-
-class Clock:
-    """Seconds of each part of a step; time between two laps belongs to the part that the second one names."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
-        self.last = now
-
-
-@contextlib.contextmanager
-def _interrupt_after_step() -> Iterator[list[bool]]:
-    """Ctrl-C and SIGTERM let the running step finish; a second one stops at once. Yields a list, not empty after the first."""
-    seen: list[bool] = []
-
-    def handle(number, frame):
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(True)
-        tqdm.write("stopping after this step; the next Ctrl-C stops at once, without saving it")
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-def _peak_memory_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -22,6 +23,18 @@ class Prompt:
     triplet: Triplet
     long_ids: Tensor
     short_ids: Tensor
+
+
+def by_context(prompts: list[Prompt]) -> list[list[Prompt]]:
+    """Consecutive prompts over the same long context, together."""
+    return [list(group) for _, group in groupby(prompts, key=lambda prompt: prompt.triplet.long_context)]
+
+
+def common_beginning(prompts: list[Prompt]) -> Tensor:
+    """The token ids that the long prompts share at their beginning."""
+    length = min(len(prompt.long_ids) for prompt in prompts)
+    rows = torch.stack([prompt.long_ids[:length] for prompt in prompts])
+    return rows[0, : int((rows == rows[0]).all(0).cumprod(0).sum())]
 
 
 class Prompts:

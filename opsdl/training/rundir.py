@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from opsdl.errors import UserError
+from opsdl.files import write_whole
 from opsdl.training.checkpoint import checkpoints
 from opsdl.training.config import RunConfig, to_yaml
 
@@ -32,7 +32,7 @@ class RunDir:
                 raise UserError(f"run_dir {self.path}: holds a run already; expected resume=auto or another run_dir")
             _compare(OmegaConf.load(config_file), OmegaConf.create(resolved), self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        _write(config_file, resolved)
+        write_whole(config_file, resolved)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -43,7 +43,7 @@ class RunDir:
         """Drop the metrics and samples of steps that no checkpoint holds: they are about to run again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             rows = [row for row in self.rows(name) if row["step"] <= step]
-            _write(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_whole(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def append(self, name: str, row: dict[str, Any]) -> None:
         with open(self.path / name, "a", encoding="utf-8") as file:
@@ -61,13 +61,7 @@ class RunDir:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def save(self, name: str, value: Any) -> None:
-        _write(self.path / name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        write_whole(self.path / name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def _compare(old: Any, new: Any, path: Path, parent: str = "") -> None:
