@@ -228,6 +228,26 @@ def test_shapes_strides_empty_and_autocast():
     assert torch.allclose(module(student, weight, teacher), expected * N)
 
 
+@pytest.mark.parametrize("tolerance", [0.3, 0.01, "auto"])
+def test_skipped_tokens_keep_the_promised_accuracy(tolerance):
+    student, weight, _, _ = make_inputs(0.3, torch.bfloat16, tokens=200)
+    spread = torch.logspace(-4, 0, 200)[:, None]  # from converged tokens to far ones, as in real training
+    teacher = (student.float() + spread * torch.randn(200, H, generator=torch.Generator().manual_seed(5))).bfloat16()
+    gradients = []
+    for skip_tolerance in (None, tolerance):
+        h, w = (x.float().requires_grad_() for x in (student, weight))
+        h16, w16 = h.bfloat16(), w.bfloat16()  # the gradient arrives rounded once either way
+        loss, stats = fused_reverse_kl(h16, w16, teacher, skip_tolerance=skip_tolerance, return_stats=True)
+        gradients.append(torch.autograd.grad(loss, (h, w)))
+    bound = torch.finfo(torch.bfloat16).eps / 4 if tolerance == "auto" else tolerance
+    skipped = stats["skipped"]
+    assert 0.02 < skipped.float().mean() < 0.98
+    assert gradients[1][0][skipped].abs().sum() == 0
+    # The bound is on dlogits; the products with head and hidden states spread errors about as they spread the signal.
+    for exact, got in zip(*gradients, strict=True):
+        assert relative(got, exact) < 2 * bound + 0.003
+
+
 def test_frozen_parts_get_no_work():
     student, weight, teacher, _ = make_inputs(0.3)
     h = student.clone().requires_grad_()
@@ -258,6 +278,8 @@ def test_errors_name_the_argument():
         (lambda: fused_reverse_kl(*good, temperature=0.0), "temperature: 0.0"),
         (lambda: fused_reverse_kl(*good, softcap=-1.0), "softcap: -1.0"),
         (lambda: fused_reverse_kl(*good, reduction="avg"), "reduction: 'avg'"),
+        (lambda: fused_reverse_kl(*good, skip_tolerance=1.0), "skip_tolerance: 1.0; expected None, 'auto'"),
+        (lambda: fused_reverse_kl(*good, skip_tolerance="some"), "skip_tolerance: 'some'"),
         (lambda: fused_reverse_kl(*good, backend="magic"), "backend: 'magic'; expected 'auto' or one of reference"),
         (lambda: fused_reverse_kl(student.to("meta"), weight, teacher), "student_weight: on cpu; expected meta"),
         (lambda: fused_policy_reverse_kl(*good, None, tokens, baseline="v"), "baseline: 'v'"),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from opsdl.prefix import PrefixCache, Responses, StalePrefixError, attach, detach, generate, prefill, response_hidden
-from opsdl.prefix import partial
+from opsdl.prefix import PrefixCache, Responses, StalePrefixError, attach, detach, extend, generate, partial, prefill
+from opsdl.prefix import response_hidden
 
 VOCABULARY = 97
 SHAPE = dict(
@@ -101,7 +101,7 @@ def test_questions_share_their_document(kind):
     document_P, _ = make_group([1])
     prompts = [torch.cat([document_P, make_group([1], length, seed=length)[0]]) for length in (2, 3, 7)]
     document = prefill(model, document_P, gradient=True)
-    caches = [prefill(model, prompt, gradient=True, parent=document) for prompt in prompts]
+    caches = extend(model, document, prompts, gradient=True)
     alone = [prefill(model, prompt) for prompt in prompts]
     options = dict(num_responses=2, max_new_tokens=6, temperature=0, eos_token_id=0)
     for a, b in zip(generate(model, caches, **options), generate(model, alone, **options), strict=True):
@@ -109,18 +109,29 @@ def test_questions_share_their_document(kind):
     groups = generate(model, caches, num_responses=2, max_new_tokens=6, eos_token_id=range(30))
     weight = torch.randn(6, 32, dtype=torch.float64)
 
-    def total(hidden_of):
-        hiddens = [hidden_of(i)[groups[i].mask] for i in range(3)]
-        return torch.cat(hiddens), torch.cat([weight[: groups[i].tokens.shape[1]].expand(2, -1, 32)[groups[i].mask] for i in range(3)])
+    weights = torch.cat([weight[: g.tokens.shape[1]].expand(2, -1, 32)[g.mask] for g in groups])
 
-    got = gradients(model, *total(lambda i: response_hidden(model, prompts[i], groups[i], prefix=caches[i])))
-    expected = gradients(model, *total(lambda i: separate_rows(model, prompts[i], groups[i])))
-    for name, gradient in expected.items():
-        assert relative(got[name], gradient) < 1e-6, name
-    with pytest.raises(ValueError, match="parent: 11 tokens; expected a beginning of the 11 prefix_ids"):
-        prefill(model, document_P, parent=document)
-    with pytest.raises(ValueError, match="expected a beginning"):
-        prefill(model, prompts[0] + 1, parent=document)
+    def packed(hiddens):
+        return torch.cat([hidden[group.mask] for hidden, group in zip(hiddens, groups, strict=True)])
+
+    expected_hidden = packed([separate_rows(model, p, g) for p, g in zip(prompts, groups, strict=True)])
+    expected = gradients(model, expected_hidden, weights)
+    for hiddens in (
+        response_hidden(model, prompts, groups, prefix=caches),
+        response_hidden(model, prompts, groups),
+    ):
+        assert relative(packed(hiddens), expected_hidden) < 1e-6
+        got = gradients(model, packed(hiddens), weights)
+        for name, gradient in expected.items():
+            assert relative(got[name], gradient) < 1e-6, name
+    with torch.no_grad():
+        assert relative(packed(response_hidden(model, prompts, groups)), expected_hidden) < 1e-6
+    with pytest.raises(ValueError, match="prefixes: 11 tokens; expected the parent's 11 and more"):
+        extend(model, document, [document_P])
+    with pytest.raises(ValueError, match="expected the parent's 11"):
+        extend(model, document, [prompts[0] + 1])
+    with pytest.raises(ValueError, match="3 prefixes for 2 groups"):
+        response_hidden(model, prompts, groups[:2])
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -138,6 +149,10 @@ def test_rows_attention_is_exact(dtype, bound):
         for heads, length in [(6, count), (2, prefix_length), (2, prefix_length), (2, count), (2, count)]
     ]
     query, prefix_key, prefix_value, key, value = inputs64
+
+    def rows_attention(query, prefix_key, prefix_value, key, value):
+        return RowsAttention.apply(query, key, value, Ragged(mask_GT), [count], 0.25, prefix_key, prefix_value)
+
     row_of = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
     index = torch.arange(count)
     own = (row_of[:, None] == row_of) & (index[:, None] >= index)
@@ -149,12 +164,12 @@ def test_rows_attention_is_exact(dtype, bound):
     expected_gradients = torch.autograd.grad(expected, inputs64, grad_out)
 
     inputs = [x.detach().to(dtype).requires_grad_() for x in inputs64]
-    out = RowsAttention.apply(*inputs, Ragged(mask_GT), 0.25)
+    out = rows_attention(*inputs)
     assert relative(out, expected) < bound
     got = torch.autograd.grad(out, inputs, grad_out.to(dtype))
     for x, y in zip(got, expected_gradients, strict=True):
         assert relative(x, y) < bound
-    again = torch.autograd.grad(RowsAttention.apply(*inputs, Ragged(mask_GT), 0.25), inputs, grad_out.to(dtype))
+    again = torch.autograd.grad(rows_attention(*inputs), inputs, grad_out.to(dtype))
     assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
 
 

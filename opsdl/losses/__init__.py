@@ -1,4 +1,4 @@
-"""Losses on hidden states and the head. Read in this order: reference, terms, chunked, functional."""
+"""Losses on hidden states and the head. Read in this order: reference, terms, chunked, shards, functional."""
 
 from opsdl.losses.functional import (
     FusedReverseKL,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from opsdl.losses.arguments import Head
+from opsdl.losses.shards import Shards
 
 BLOCK_BYTES = 32 << 20  # of one [block, V] float32 tensor; about six of them live at a time
 
@@ -27,11 +28,13 @@ Block = tuple[Tensor, dict[str, Tensor], Callable[[], Tensor]]
 
 @dataclass(frozen=True)
 class Student:
-    """The differentiable side, flat: hidden [N, H]; also which gradients are wanted."""
+    """The differentiable side, flat: hidden [N, H], and what to do with its logits."""
 
     hidden: Tensor
     head: Head
     block_loss: Callable[[Tensor, Tensor], Block]  # (token indices [n], capped and scaled logits [n, V]) -> Block
+    shards: Shards
+    skip_tolerance: float  # relative error allowed in the gradient for the logits
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -82,7 +85,7 @@ def run_blocks(
     grad_weight = torch.zeros_like(weight_VH) if wanted[1] else None
     grad_bias = scale_N.new_zeros(vocabulary) if wanted[2] else None
     values_N = torch.zeros_like(scale_N)
-    step = max(1, BLOCK_BYTES // (vocabulary * scale_N.element_size()))
+    step = max(1, BLOCK_BYTES // (student.shards.largest * scale_N.element_size()))  # the same on every rank
     for block_n in scale_N.nonzero().squeeze(1).split(step):
         hidden_nH = hidden[block_n].to(wide)
         z_nV, slope = cap(logits(hidden_nH, weight_VH, head.bias), head)
@@ -94,13 +97,27 @@ def run_blocks(
             grad_nV = gradient().mul_(scale_N[block_n, None] / head.temperature)
             if slope is not None:
                 grad_nV *= slope
+            if student.skip_tolerance > 0:
+                kept = keep_tokens(grad_nV, student)
+                stats.setdefault("skipped", torch.zeros_like(scale_N, dtype=torch.bool))[block_n] = ~kept
+                grad_nV, hidden_nH, block_n = grad_nV[kept], hidden_nH[kept], block_n[kept]
             if wanted[0]:
                 grad_hidden[block_n] = grad_nV @ weight_VH
             if wanted[1]:
                 grad_weight.addmm_(grad_nV.T, hidden_nH)
             if wanted[2]:
                 grad_bias += grad_nV.sum(0)
+    if wanted[0]:
+        student.shards.sum(grad_hidden)
     return values_N, (grad_hidden, grad_weight, grad_bias)
+
+
+def keep_tokens(grad_nV: Tensor, student: Student) -> Tensor:
+    """[n] bool: False for the tokens that together hold no more than tolerance^2 of the gradient's squared norm."""
+    energy_n = student.shards.sum(grad_nV.square().sum(-1))
+    ordered, order = energy_n.sort()
+    skip = ordered.cumsum(0) <= student.skip_tolerance**2 * energy_n.sum()
+    return torch.empty_like(skip).scatter_(0, order, ~skip)
 
 
 def logits(hidden_nH: Tensor, weight_VH: Tensor, bias: Tensor | None) -> Tensor:

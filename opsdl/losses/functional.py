@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from opsdl.losses import reference, terms
 from opsdl.losses.arguments import Head, check_head, check_pair, check_scalars, check_tokens, token_scale
 from opsdl.losses.chunked import Block, ChunkedLoss, Student
+from opsdl.losses.shards import Shards
 
 BACKENDS = {"reference": "available", "torch": "available"}
 
@@ -39,6 +41,8 @@ def fused_reverse_kl(
     temperature: float = 1.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    skip_tolerance: float | str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -53,6 +57,12 @@ def fused_reverse_kl(
     "sum" adds, "none" returns [...]. return_stats also returns per-token kl, student_lse, teacher_lse, entropy (of the
     student), each [...], float32 (float64 for float64), without gradient, 0 for masked tokens.
 
+    skip_tolerance leaves out of the backward products the tokens that matter least, as long as the gradient for the
+    logits keeps that relative (Frobenius) accuracy; "auto" is eps / 4 of student_hidden's dtype, None exact. The stats
+    gain `skipped` [...] bool. vocab_group: weights and biases hold this rank's consecutive rows of a head sharded over
+    the group in rank order; hidden states, mask and token_weights are the same on every rank. "reference" is always
+    exact and takes no group.
+
     Source: arXiv 2604.17535; design, "Losses". Raises ValueError naming the argument, its shape and what was expected.
     """
     shared = teacher_weight is None
@@ -64,15 +74,17 @@ def fused_reverse_kl(
     teacher = student if shared else Head(teacher_weight, teacher_bias, temperature, softcap)
     check_head("teacher", teacher_hidden, teacher.weight, teacher.bias)
     check_pair(student_hidden, student_weight, teacher_hidden, teacher.weight)
+    shards = Shards.of(student_weight.shape[0], vocab_group, student_hidden.device)
     scale = token_scale(student_hidden.shape[:-1], mask, token_weights, reduction, like=student_hidden)
-    if _choose(backend) == "reference":
+    if _choose(backend, vocab_group) == "reference":
         z, z_teacher = _reference_logits(student_hidden, student, teacher_hidden, teacher)
         stats = _reference_stats(z, z_teacher, scale) if return_stats else {}
         return _shape(reference.reduce(reference.reverse_kl(z, z_teacher), mask, token_weights, reduction), stats, return_stats)
     gap = _gap(student_hidden, student, teacher_hidden, teacher, shared)
     return _chunked(
-        student_hidden, student, lambda block, z: terms.reverse_kl(z, gap(block, z)), scale, reduction, return_stats
-    )
+        student_hidden, student, lambda block, z: terms.reverse_kl(z, gap(block, z), shards), scale, shards,
+        skip_tolerance, reduction, return_stats,
+    )  # fmt: skip
 
 
 def fused_policy_reverse_kl(
@@ -90,6 +102,8 @@ def fused_policy_reverse_kl(
     temperature: float = 1.0,
     softcap: float | None = None,
     reduction: str = "mean",
+    skip_tolerance: float | str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
@@ -106,13 +120,14 @@ def fused_policy_reverse_kl(
         raise ValueError(f"baseline: {baseline!r}; expected None or 'kl'")
     check_head("student", student_hidden, student_weight, student_bias)
     check_scalars(temperature, softcap, reduction)
-    check_tokens(tokens, student_hidden.shape[:-1], student_weight.shape[0])
+    shards = Shards.of(student_weight.shape[0], vocab_group, student_hidden.device)
+    check_tokens(tokens, student_hidden.shape[:-1], shards.total)
     student = Head(student_weight, student_bias, temperature, softcap)
     teacher = student if shared else Head(teacher_weight, teacher_bias, temperature, softcap)
     check_head("teacher", teacher_hidden, teacher.weight, teacher.bias)
     check_pair(student_hidden, student_weight, teacher_hidden, teacher.weight)
     scale = token_scale(student_hidden.shape[:-1], mask, token_weights, reduction, like=student_hidden)
-    if _choose(backend) == "reference":
+    if _choose(backend, vocab_group) == "reference":
         z, z_teacher = _reference_logits(student_hidden, student, teacher_hidden, teacher)
         stats = _reference_stats(z, z_teacher, scale) if return_stats else {}
         values = reference.policy_reverse_kl(z, z_teacher, tokens, baseline)
@@ -120,8 +135,9 @@ def fused_policy_reverse_kl(
     gap = _gap(student_hidden, student, teacher_hidden, teacher, shared)
     flat = tokens.flatten()
     return _chunked(
-        student_hidden, student, lambda block, z: terms.policy_reverse_kl(z, gap(block, z), flat[block], baseline), scale,
-        reduction, return_stats,
+        student_hidden, student,
+        lambda block, z: terms.policy_reverse_kl(z, gap(block, z), flat[block], baseline, shards),
+        scale, shards, skip_tolerance, reduction, return_stats,
     )  # fmt: skip
 
 
@@ -136,6 +152,8 @@ def fused_log_prob(
     temperature: float = 1.0,
     softcap: float | None = None,
     reduction: str = "none",
+    skip_tolerance: float | str | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """log p(token) from hidden states [..., H], head [V, H] and tokens [...]; masked tokens give 0.
@@ -144,14 +162,17 @@ def fused_log_prob(
     """
     check_head("student", hidden, weight, bias)
     check_scalars(temperature, softcap, reduction)
-    check_tokens(tokens, hidden.shape[:-1], weight.shape[0])
+    shards = Shards.of(weight.shape[0], vocab_group, hidden.device)
+    check_tokens(tokens, hidden.shape[:-1], shards.total)
     head = Head(weight, bias, temperature, softcap)
     scale = token_scale(hidden.shape[:-1], mask, token_weights, reduction, like=hidden)
-    if _choose(backend) == "reference":
+    if _choose(backend, vocab_group) == "reference":
         z = reference.logits(hidden, weight, bias, temperature, softcap)
         return reference.reduce(reference.log_prob(z, tokens), mask, token_weights, reduction)
     flat = tokens.flatten()
-    return _chunked(hidden, head, lambda block, z: terms.log_prob(z, flat[block]), scale, reduction, False)
+    return _chunked(
+        hidden, head, lambda block, z: terms.log_prob(z, flat[block], shards), scale, shards, skip_tolerance, reduction, False
+    )
 
 
 class FusedReverseKL(nn.Module):
@@ -163,14 +184,17 @@ class FusedReverseKL(nn.Module):
         temperature: float = 1.0,
         softcap: float | None = None,
         reduction: str = "mean",
+        skip_tolerance: float | str | None = None,
+        vocab_group: dist.ProcessGroup | None = None,
         backend: str = "auto",
         return_stats: bool = False,
     ):
         super().__init__()
         check_scalars(temperature, softcap, reduction)
         self.options = dict(
-            temperature=temperature, softcap=softcap, reduction=reduction, backend=backend, return_stats=return_stats
-        )
+            temperature=temperature, softcap=softcap, reduction=reduction, skip_tolerance=skip_tolerance,
+            vocab_group=vocab_group, backend=backend, return_stats=return_stats,
+        )  # fmt: skip
 
     def forward(self, student_hidden, student_weight, teacher_hidden, teacher_weight=None, **tensors):
         return fused_reverse_kl(
@@ -178,7 +202,9 @@ class FusedReverseKL(nn.Module):
         )
 
 
-def _choose(backend: str) -> str:
+def _choose(backend: str, vocab_group: dist.ProcessGroup | None) -> str:
+    if backend == "reference" and vocab_group is not None:
+        raise ValueError("vocab_group: given with backend 'reference'; expected None there")
     if backend == "auto":
         return "torch"
     if BACKENDS.get(backend) != "available":
@@ -199,18 +225,30 @@ def _chunked(
     head: Head,
     block_loss: Callable[[Tensor, Tensor], Block],
     scale: Tensor,
+    shards: Shards,
+    skip_tolerance: float | str | None,
     reduction: str,
     return_stats: bool,
 ):
     leading = hidden.shape[:-1]
     flat = hidden.reshape(-1, hidden.shape[-1])
     stats: dict[str, Tensor] = {}
-    student = Student(flat.detach(), _detached(head), block_loss)
+    student = Student(flat.detach(), _detached(head), block_loss, shards, _tolerance(skip_tolerance, hidden.dtype))
     with torch.autocast(hidden.device.type, enabled=False):
         out = ChunkedLoss.apply(flat, head.weight, head.bias, scale, student, reduction == "none", stats)
     if reduction == "none":
         out = out.reshape(leading)
     return _shape(out, {name: x.reshape(leading) for name, x in stats.items()}, return_stats)
+
+
+def _tolerance(value: float | str | None, dtype: torch.dtype) -> float:
+    if value == "auto":
+        return torch.finfo(dtype).eps / 4
+    if value is None:
+        return 0.0
+    if isinstance(value, str) or not 0 <= value < 1:
+        raise ValueError(f"skip_tolerance: {value!r}; expected None, 'auto' or a number in [0, 1)")
+    return float(value)
 
 
 def _detached(head: Head) -> Head:

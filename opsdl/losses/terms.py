@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opsdl.losses.arguments import Head
 from opsdl.losses.chunked import Block, cap, logits
+from opsdl.losses.shards import Shards
 
 
 def expm1_residual(x: Tensor) -> Tensor:
@@ -26,20 +27,21 @@ def expm1_residual(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.5, x * x / 2 * series, torch.expm1(x) - x)
 
 
-def reverse_kl(z_nV: Tensor, gap_nV: Tensor) -> Block:
+def reverse_kl(z_nV: Tensor, gap_nV: Tensor, shards: Shards) -> Block:
     """KL(student || teacher) of each token; stats: kl, student_lse, teacher_lse, entropy."""
-    student_lse = z_nV.logsumexp(-1, keepdim=True)
+    student_lse = shards.logsumexp(z_nV)
     p_nV = (z_nV - student_lse).exp()
     # Padding at -inf has no mass under the student, so the teacher's logit there does not matter.
-    gap_nV = torch.where(z_nV > -torch.inf, gap_nV, 0.0)
-    mean_gap = (p_nV * gap_nV).sum(-1, keepdim=True)
+    present = z_nV > -torch.inf
+    gap_nV = torch.where(present, gap_nV, 0.0)
+    mean_gap = shards.sum((p_nV * gap_nV).sum(-1, keepdim=True))
     centred_nV = gap_nV - mean_gap
-    kl = torch.log1p((p_nV * expm1_residual(-centred_nV)).sum(-1))
+    kl = torch.log1p(shards.sum((p_nV * expm1_residual(-centred_nV)).sum(-1)))
     if not (kl < 1).all():
         # Far apart, exp(-c) may overflow: there the plain logsumexp form is the accurate one.
-        far = (z_nV - student_lse - centred_nV).logsumexp(-1)
+        far = shards.logsumexp(z_nV - student_lse - centred_nV)[:, 0]
         kl = torch.where(kl < 1, kl, far)
-    entropy = student_lse[:, 0] - (p_nV * torch.where(p_nV > 0, z_nV, 0.0)).sum(-1)
+    entropy = student_lse[:, 0] - shards.sum((p_nV * torch.where(present, z_nV, 0.0)).sum(-1))
     # lse_t = lse_s - mean gap + KL, from KL = mean gap - lse_s + lse_t.
     stats = {
         "kl": kl,
@@ -50,24 +52,24 @@ def reverse_kl(z_nV: Tensor, gap_nV: Tensor) -> Block:
     return kl, stats, lambda: p_nV * centred_nV
 
 
-def log_prob(z_nV: Tensor, tokens_n: Tensor) -> Block:
+def log_prob(z_nV: Tensor, tokens_n: Tensor, shards: Shards) -> Block:
     """log p(token) of each token; stats: student_lse."""
-    lse = z_nV.logsumexp(-1, keepdim=True)
-    value = (z_nV.gather(1, tokens_n[:, None]) - lse)[:, 0]
+    lse = shards.logsumexp(z_nV)
+    value = shards.pick(z_nV, tokens_n) - lse[:, 0]
 
     def gradient() -> Tensor:
+        local_n, here_n = shards.locate(tokens_n)
         grad_nV = (z_nV - lse).exp_().neg_()
-        return grad_nV.scatter_add_(1, tokens_n[:, None], torch.ones_like(lse))
+        return grad_nV.scatter_add_(1, local_n[:, None], here_n[:, None].to(grad_nV.dtype))
 
     return value, {"student_lse": lse[:, 0]}, gradient
 
 
-def policy_reverse_kl(z_nV: Tensor, gap_nV: Tensor, tokens_n: Tensor, baseline: str | None) -> Block:
+def policy_reverse_kl(z_nV: Tensor, gap_nV: Tensor, tokens_n: Tensor, baseline: str | None, shards: Shards) -> Block:
     """-A log p(token), A = log q(token) - log p(token) [+ KL], A held constant (arXiv 2604.17535, eq. 2 and 3)."""
-    kl, stats, _ = reverse_kl(z_nV, gap_nV)
-    log_p, _, log_p_gradient = log_prob(z_nV, tokens_n)
-    gap_n = gap_nV.gather(1, tokens_n[:, None])[:, 0]
-    advantage = stats["student_lse"] - stats["teacher_lse"] - gap_n
+    kl, stats, _ = reverse_kl(z_nV, gap_nV, shards)
+    log_p, _, log_p_gradient = log_prob(z_nV, tokens_n, shards)
+    advantage = stats["student_lse"] - stats["teacher_lse"] - shards.pick(gap_nV, tokens_n)
     if baseline == "kl":
         advantage = advantage + kl
     stats["advantage"] = advantage

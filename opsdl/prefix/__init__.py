@@ -5,11 +5,12 @@ Read in this order: rows (what a response feeds), layout (who attends to whom), 
 """
 
 from opsdl.prefix.attention import attach, detach
-from opsdl.prefix.cache import PrefixCache, StalePrefixError, prefill
+from opsdl.prefix.cache import PrefixCache, StalePrefixError, extend, prefill
 from opsdl.prefix.generate import generate
 from opsdl.prefix.hidden import response_hidden
 from opsdl.prefix.rows import Responses
 
 __all__ = [
-    "PrefixCache", "Responses", "StalePrefixError", "attach", "detach", "generate", "prefill", "response_hidden",
+    "PrefixCache", "Responses", "StalePrefixError", "attach", "detach", "extend", "generate", "prefill",
+    "response_hidden",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ predicts the first response token and must be computed with the rest of the row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 
 from opsdl.prefix.attention import last_hidden
 from opsdl.prefix.layout import ExtendLayout, KeyValue, PrefixLayout
+from opsdl.prefix.rows import Ragged
 
 
 class StalePrefixError(RuntimeError):
@@ -73,38 +75,55 @@ def check_prefix(model: PreTrainedModel, prefix_ids: Tensor, new_tokens: int = 0
         )
 
 
-def prefill(
-    model: PreTrainedModel, prefix_ids: Tensor, *, gradient: bool = False, parent: PrefixCache | None = None
-) -> PrefixCache:
+def prefill(model: PreTrainedModel, prefix_ids: Tensor, *, gradient: bool = False) -> PrefixCache:
     """Run the prefix [P] through the model once. Design, "Shared prefix".
-
-    With `parent`, the cache of a beginning of `prefix_ids`, only the tokens after that beginning run: questions about
-    one document share the document. The new cache holds its own copy of the parent's keys and values.
 
     gradient=True keeps the graph of this one pass: rollouts read the keys and values, then `response_hidden` runs the
     rows over them and its backward goes through the prefix, so no second forward of the prefix is needed. The graph
-    lives as long as the cache, and activation checkpointing must be off. A parent made with gradient passes it on.
+    lives as long as the cache, and activation checkpointing must be off.
 
-    Raises ValueError for a wrong shape or dtype, a prefix longer than the model's context, a parent that is not a
-    shorter beginning of it, or a model with layers that keep no keys and values; StalePrefixError for a parent made by
-    other weights.
+    Raises ValueError for a wrong shape or dtype, a prefix longer than the model's context, or a model with layers that
+    keep no keys and values.
     """
     check_prefix(model, prefix_ids)
-    if gradient and model.is_activation_checkpointing:
-        raise ValueError("gradient: True with activation checkpointing on; expected one of the two")
-    start, layout = 0, PrefixLayout()
-    if parent is not None:
-        parent.check(model)
-        if parent.length >= len(prefix_ids) or not torch.equal(parent.tokens, prefix_ids[: parent.length]):
-            raise ValueError(f"parent: {parent.length} tokens; expected a beginning of the {len(prefix_ids)} prefix_ids")
-        start = parent.length - 1
-        layout = ExtendLayout(prefix_ids.shape[0] - 1 - start, parent.layers, prefix_ids.device)
-    positions_BL = torch.arange(start, prefix_ids.shape[0] - 1, device=prefix_ids.device)[None]
+    _check_gradient(model, gradient)
+    layout = PrefixLayout()
     with torch.set_grad_enabled(gradient):
-        last_hidden(model, prefix_ids[None, start:-1], positions_BL, layout)
+        last_hidden(model, prefix_ids[None, :-1], torch.arange(len(prefix_ids) - 1, device=prefix_ids.device)[None], layout)
     if len(layout.layers) != model.config.num_hidden_layers:
         raise ValueError(
             f"model: {len(layout.layers)} of {model.config.num_hidden_layers} layers keep keys and values; a shared"
             " prefix needs attention in every layer"
         )
     return PrefixCache(prefix_ids, layout.layers, weights_version(model))
+
+
+def extend(
+    model: PreTrainedModel, parent: PrefixCache, prefixes: Sequence[Tensor], *, gradient: bool = False
+) -> list[PrefixCache]:
+    """Caches of several prefixes [P_i] that all begin with the parent's tokens; only what follows runs, in one pass.
+
+    So questions about one document share its prefill, and with gradient=True, and a parent made with it, its backward.
+    Each cache holds its own copy of the parent's keys and values.
+
+    Raises ValueError as `prefill`, and for a prefix that is not longer than the parent or begins otherwise;
+    StalePrefixError for a parent made by other weights.
+    """
+    parent.check(model)
+    _check_gradient(model, gradient)
+    for ids in prefixes:
+        check_prefix(model, ids)
+        if parent.length >= len(ids) or not torch.equal(parent.tokens, ids[: parent.length]):
+            raise ValueError(f"prefixes: {len(ids)} tokens; expected the parent's {parent.length} and more after them")
+    start = parent.length - 1
+    rows = Ragged.of([len(ids) - 1 - start for ids in prefixes], parent.tokens.device)
+    positions_N = torch.cat([torch.arange(start, len(ids) - 1, device=ids.device) for ids in prefixes])
+    layout = ExtendLayout(rows, parent.layers)
+    with torch.set_grad_enabled(gradient):
+        last_hidden(model, torch.cat([ids[start:-1] for ids in prefixes])[None], positions_N[None], layout)
+    return [PrefixCache(ids, layers, parent.weights_version) for ids, layers in zip(prefixes, layout.layers, strict=True)]
+
+
+def _check_gradient(model: PreTrainedModel, gradient: bool) -> None:
+    if gradient and model.is_activation_checkpointing:
+        raise ValueError("gradient: True with activation checkpointing on; expected one of the two")

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsdl.prefix.attention import last_hidden
 from opsdl.prefix.cache import PrefixCache, check_prefix, prefill
-from opsdl.prefix.layout import RowsLayout
-from opsdl.prefix.rows import Responses
+from opsdl.prefix.layout import PackedLayout, RowsLayout
+from opsdl.prefix.rows import Ragged, Responses
 
 
 def response_hidden(
     model: PreTrainedModel,
-    prefix_ids: Tensor,
-    responses: Responses,
+    prefix_ids: Tensor | Sequence[Tensor],
+    responses: Responses | Sequence[Responses],
     *,
     prefix_gradient: str = "exact",
-    prefix: PrefixCache | None = None,
-) -> Tensor:
+    prefix: PrefixCache | Sequence[PrefixCache] | None = None,
+) -> Tensor | list[Tensor]:
     """Hidden states [G, T, H] after the final norm; [g, t] predicts response token t, the first one included.
 
-    prefix_ids: [P] int64, at least 2 tokens. Slots outside `responses.mask` are 0.
+    prefix_ids: [P] int64, at least 2 tokens. Slots outside `responses.mask` are 0. Sequences of prefixes, responses
+    and caches give a list; over caches the rows of all of them run in one pass.
 
     prefix_gradient="exact": equal to G separate rows to rounding, in value and in every gradient. Without `prefix` it
     is one stream [prefix ; row 1 ; ... ; row G]; with a `prefix` from prefill(..., gradient=True) only the rows run,
@@ -33,31 +36,64 @@ def response_hidden(
     Raises ValueError for wrong shapes, an unknown mode, or "exact" with a cache that was made without gradient where
     gradients are on; StalePrefixError when the cache was made by other weights.
     """
-    lengths = responses.lengths
-    check_prefix(model, prefix_ids, max(lengths))
     if prefix_gradient not in ("exact", "detached"):
         raise ValueError(f"prefix_gradient: {prefix_gradient!r}; expected 'exact' or 'detached'")
-    if prefix is not None:
-        prefix.check(model)
-        if not torch.equal(prefix.tokens, prefix_ids):
-            raise ValueError("prefix: made from other tokens than prefix_ids")
-        if prefix_gradient == "exact" and torch.is_grad_enabled() and not prefix.has_gradient:
-            raise ValueError("prefix: made without gradient; expected prefix_gradient='detached' or no cache")
-    elif prefix_gradient == "detached":
-        prefix = prefill(model, prefix_ids)
-    cached = None if prefix is None else prefix.layers
-    if cached is not None and prefix_gradient == "detached":
-        cached = {layer: (key.detach(), value.detach()) for layer, (key, value) in cached.items()}
+    single = isinstance(responses, Responses)
+    prompts, groups = ([prefix_ids], [responses]) if single else (list(prefix_ids), list(responses))
+    caches = [prefix] if isinstance(prefix, PrefixCache) else prefix
+    if len(prompts) != len(groups) or (caches is not None and len(caches) != len(groups)):
+        raise ValueError(f"prefix_ids: {len(prompts)} prefixes for {len(groups)} groups of responses; expected as many")
+    for ids, group in zip(prompts, groups, strict=True):
+        check_prefix(model, ids, max(group.lengths))
+    exact_gradient = prefix_gradient == "exact" and torch.is_grad_enabled()
+    if caches is None and (exact_gradient or single and prefix_gradient == "exact"):
+        hiddens = [_packed(model, ids, group) for ids, group in zip(prompts, groups, strict=True)]
+    else:
+        caches = caches or [prefill(model, ids) for ids in prompts]
+        for ids, cache in zip(prompts, caches, strict=True):
+            _check_cache(model, ids, cache, exact_gradient)
+        hiddens = _over_caches(model, caches, groups, detach=prefix_gradient == "detached")
+    return hiddens[0] if single else hiddens
 
-    head = prefix_ids[:-1] if prefix is None else prefix_ids[:0]
-    layout = RowsLayout(responses.mask, head.shape[0], cached)
-    row_tokens_N = layout.rows.pack(responses.row_tokens(prefix_ids[-1]))
-    steps_GT = torch.arange(responses.tokens.shape[1], device=prefix_ids.device).expand_as(responses.tokens)
-    row_positions_N = layout.rows.pack(steps_GT) + prefix_ids.shape[0] - 1
-    hidden_1LH = last_hidden(
-        model,
-        torch.cat([head, row_tokens_N])[None],
-        torch.cat([torch.arange(head.shape[0], device=head.device), row_positions_N])[None],
-        layout,
-    )
-    return layout.rows.pad(hidden_1LH[0, head.shape[0] :])
+
+def _packed(model: PreTrainedModel, prefix_P: Tensor, responses: Responses) -> Tensor:
+    """One stream [prefix ; row 1 ; ... ; row G]."""
+    rows = Ragged(responses.mask)
+    start = len(prefix_P) - 1
+    tokens = torch.cat([prefix_P[:-1], rows.pack(responses.row_tokens(prefix_P[-1]))])
+    positions = torch.cat([torch.arange(start, device=prefix_P.device), rows.pack(_steps(responses)) + start])
+    hidden_1LH = last_hidden(model, tokens[None], positions[None], PackedLayout(start, rows))
+    return rows.pad(hidden_1LH[0, start:])
+
+
+def _over_caches(
+    model: PreTrainedModel, caches: Sequence[PrefixCache], groups: Sequence[Responses], detach: bool
+) -> list[Tensor]:
+    """The rows alone, of all groups in one stream, each over the cache of its prefix."""
+    own = [Ragged(group.mask) for group in groups]
+    tokens, positions, prefixes = [], [], []
+    for cache, group, rows in zip(caches, groups, own, strict=True):
+        tokens.append(rows.pack(group.row_tokens(cache.tokens[-1])))
+        positions.append(rows.pack(_steps(group)) + cache.length - 1)
+        layers = cache.layers
+        if detach:
+            layers = {layer: (key.detach(), value.detach()) for layer, (key, value) in layers.items()}
+        prefixes.append((layers, len(tokens[-1])))
+    every = Ragged.of([length for group in groups for length in group.lengths], caches[0].tokens.device)
+    layout = RowsLayout(every, prefixes)
+    hidden_1NH = last_hidden(model, torch.cat(tokens)[None], torch.cat(positions)[None], layout)
+    parts = hidden_1NH[0].split([count for _, count in prefixes])
+    return [rows.pad(part) for rows, part in zip(own, parts, strict=True)]
+
+
+def _steps(responses: Responses) -> Tensor:
+    """[G, T] the number of each token in its response."""
+    return torch.arange(responses.tokens.shape[1], device=responses.tokens.device).expand_as(responses.tokens)
+
+
+def _check_cache(model: PreTrainedModel, prefix_P: Tensor, cache: PrefixCache, exact_gradient: bool) -> None:
+    cache.check(model)
+    if not torch.equal(cache.tokens, prefix_P):
+        raise ValueError("prefix: made from other tokens than prefix_ids")
+    if exact_gradient and not cache.has_gradient:
+        raise ValueError("prefix: made without gradient; expected prefix_gradient='detached' or no cache")

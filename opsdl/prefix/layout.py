@@ -1,9 +1,11 @@
-"""The layouts of a stream: a prefix alone or extended, a prefix with its rows, rows that grow by one token a step.
+"""The layouts of a stream: a prefix alone, a prefix with its rows, rows over cached prefixes, rows that grow.
 
 Each layout answers `attend(layer, query, key, value, scale)` for the tokens of its stream.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,80 +34,99 @@ class PrefixLayout:
         return causal(query, key, value, scale)
 
 
-class RowsLayout:
-    """One stream [prefix ; row 1 ; ... ; row G], or the rows alone over the keys and values of a cached prefix."""
+class PackedLayout:
+    """One stream [prefix ; row 1 ; ... ; row G]."""
 
-    def __init__(self, mask_GT: Tensor, prefix_length: int = 0, cached: dict[int, KeyValue] | None = None):
-        self.rows = Ragged(mask_GT)
-        self.prefix_length = prefix_length  # prefix tokens at the head of this stream; 0 with a cache
-        self.cached = cached
+    def __init__(self, prefix_length: int, rows: Ragged):
+        self.prefix_length, self.rows = prefix_length, rows
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if self.cached is not None:
-            prefix_key, prefix_value = self.cached[layer]
-            return RowsAttention.apply(query, prefix_key, prefix_value, key, value, self.rows, scale)
         split = [self.prefix_length, query.shape[2] - self.prefix_length]
         (query_P, query_N), (key_P, key_N), (value_P, value_N) = (x.split(split, 2) for x in (query, key, value))
         out_P = causal(query_P, key_P, value_P, scale)
-        out_N = RowsAttention.apply(query_N, key_P, value_P, key_N, value_N, self.rows, scale)
+        out_N = RowsAttention.apply(query_N, key_N, value_N, self.rows, [query_N.shape[2]], scale, key_P, value_P)
         return torch.cat([out_P, out_N], dim=2)
 
 
-class ExtendLayout:
-    """Tokens that follow a cached prefix, as one row over it; keeps the keys and values of the whole, old and new."""
+class RowsLayout:
+    """Rows alone, each over the keys and values of a cached prefix.
 
-    def __init__(self, count: int, cached: dict[int, KeyValue], device: torch.device):
-        self.row = RowsLayout(torch.ones(1, count, dtype=torch.bool, device=device), cached=cached)
-        self.layers: dict[int, KeyValue] = {}
+    prefixes: for each prefix its layers, and how many consecutive packed tokens are of its rows.
+    """
+
+    def __init__(self, rows: Ragged, prefixes: list[tuple[dict[int, KeyValue], int]]):
+        self.rows, self.prefixes = rows, prefixes
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        old_key, old_value = self.row.cached[layer]
-        self.layers[layer] = (torch.cat([old_key, key], 2), torch.cat([old_value, value], 2))
-        return self.row.attend(layer, query, key, value, scale)
+        cached = [x for layers, _ in self.prefixes for x in layers[layer]]
+        counts = [count for _, count in self.prefixes]
+        return RowsAttention.apply(query, key, value, self.rows, counts, scale, *cached)
+
+
+class ExtendLayout:
+    """Several continuations of one cached prefix, a row each; keeps for each the keys and values of the whole."""
+
+    def __init__(self, rows: Ragged, cached: dict[int, KeyValue]):
+        self.cached, self.lengths = cached, rows.mask.sum(1).tolist()
+        self.over = RowsLayout(rows, [(cached, sum(self.lengths))])
+        self.layers: list[dict[int, KeyValue]] = [{} for _ in self.lengths]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        old_key, old_value = self.cached[layer]
+        news = zip(key.split(self.lengths, 2), value.split(self.lengths, 2), strict=True)
+        for layers, (new_key, new_value) in zip(self.layers, news, strict=True):
+            layers[layer] = (torch.cat([old_key, new_key], 2), torch.cat([old_value, new_value], 2))
+        return self.over.attend(layer, query, key, value, scale)
 
 
 class RowsAttention(torch.autograd.Function):
-    """Rows over (whole prefix, own causal part), prefix read once for all rows. Arithmetic in float32 at least.
+    """Rows over (whole prefix, own causal part), each prefix read once for all its rows. Float32 at least inside.
 
-    query [1, Hq, N, D] and key, value [1, Hkv, N, D] hold the packed rows; prefix_key, prefix_value are
-    [1, Hkv, P, D].
+    query [1, Hq, N, D] and key, value [1, Hkv, N, D] hold the packed rows. `counts` [tokens of the rows of each prefix]
+    sums to N; `cached` is key, value [1, Hkv, P, D] of each prefix in turn.
     """
 
     @staticmethod
-    def forward(ctx, query, prefix_key, prefix_value, key, value, rows: Ragged, scale: float):
+    def forward(ctx, query, key, value, rows: Ragged, counts: list[int], scale: float, *cached):
         wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-        query_N, key_P, value_P = query.to(wide), prefix_key.to(wide), prefix_value.to(wide)
+        parts = [
+            partial.attend(part, prefix_key.to(wide), prefix_value.to(wide), scale, causal=False)
+            for part, prefix_key, prefix_value in _by_prefix(counts, [query.to(wide)], cached)
+        ]
+        out_1, lse_1 = (torch.cat(part, 2) for part in zip(*parts, strict=True))
         own = [_pad_rows(rows, x.to(wide)) for x in (query, key, value)]
-        out_1, lse_1 = partial.attend(query_N, key_P, value_P, scale, causal=False)
         out_2, lse_2 = partial.attend(*own, scale, causal=True)
         out, lse = partial.merge(out_1, lse_1, _pack_rows(rows, out_2), _pack_rows(rows, lse_2[..., None])[..., 0])
-        ctx.save_for_backward(query, prefix_key, prefix_value, key, value, out, lse)
-        ctx.rows, ctx.scale = rows, scale
+        ctx.save_for_backward(query, key, value, out, lse, *cached)
+        ctx.rows, ctx.counts, ctx.scale = rows, counts, scale
         return out.to(query.dtype)
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, prefix_key, prefix_value, key, value, out, lse = ctx.saved_tensors
-        rows, scale, wide = ctx.rows, ctx.scale, out.dtype
+        query, key, value, out, lse, *cached = ctx.saved_tensors
+        rows, scale, wide, dtype = ctx.rows, ctx.scale, out.dtype, query.dtype
         grad_out = grad_out.to(wide)
-        grad_query, grad_prefix_key, grad_prefix_value = partial.attend_backward(
-            grad_out, query.to(wide), prefix_key.to(wide), prefix_value.to(wide), out, lse, scale, causal=False
-        )
+        grad_queries, grad_cached = [], []
+        inputs = [grad_out, query.to(wide), out, lse]
+        for grad_part, query_part, out_part, lse_part, prefix_key, prefix_value in _by_prefix(ctx.counts, inputs, cached):
+            grads = partial.attend_backward(
+                grad_part, query_part, prefix_key.to(wide), prefix_value.to(wide), out_part, lse_part, scale, causal=False
+            )
+            grad_queries.append(grads[0])
+            grad_cached.extend(grad.to(dtype) for grad in grads[1:])
         own = [_pad_rows(rows, x.to(wide)) for x in (grad_out, query, key, value, out)]
         # Empty slots get lse = inf, so their probabilities are exactly 0.
         own_lse = _pad_rows(rows, lse[..., None], fill=torch.inf)[..., 0]
         grad_own_query, grad_key, grad_value = (
             _pack_rows(rows, x) for x in partial.attend_backward(*own, own_lse, scale, causal=True)
         )
-        return (
-            (grad_query + grad_own_query).to(query.dtype),
-            grad_prefix_key.to(query.dtype),
-            grad_prefix_value.to(query.dtype),
-            grad_key.to(query.dtype),
-            grad_value.to(query.dtype),
-            None,
-            None,
-        )
+        grad_query = torch.cat(grad_queries, 2) + grad_own_query
+        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None, None, *grad_cached
+
+
+def _by_prefix(counts: list[int], packed: list[Tensor], cached: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """For each prefix: its share of each packed tensor [1, H, N, ...], then its key and value."""
+    return zip(*(x.split(counts, 2) for x in packed), cached[::2], cached[1::2], strict=True)
 
 
 def _pad_rows(rows: Ragged, packed_1HND: Tensor, fill: float = 0.0) -> Tensor:

@@ -56,6 +56,11 @@ class Ragged:
     def __init__(self, mask_GT: Tensor):
         self.mask = mask_GT
 
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> Ragged:
+        """Rows of these lengths."""
+        return cls(torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None])
+
     @cached_property
     def slots(self) -> Tensor:
         """[N] index into the flattened [G * T] of each packed token."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ from opsdl.evaluation.report import format_table, write_report
 from opsdl.evaluation.scoring import found
 from opsdl.losses import fused_policy_reverse_kl, fused_reverse_kl
 from opsdl.models import context_limit, eos_token_ids, load_model, load_tokenizer, pick_device
-from opsdl.prefix import PrefixCache, Responses, generate, prefill, response_hidden
+from opsdl.prefix import PrefixCache, Responses, extend, generate, prefill, response_hidden
 from opsdl.training.checkpoint import restore_trainer, save_checkpoint
 from opsdl.training.config import RunConfig
 from opsdl.training.monitor import Clock, interrupt_after_step, peak_memory_mib
@@ -128,18 +129,15 @@ class Trainer:
         clock.lap("rollout")
         num_tokens = sum(int(group.mask.sum()) for group in groups)
         loss, kl, entropy = 0.0, 0.0, 0.0
-        todo = list(zip(batch, prefixes, groups, strict=True))
+        todo = [list(items) for items in zip(batch, prefixes, groups, strict=True)]
         del prefixes  # a graph lives until its backward
         for prompts in by_context(batch):
-            students, teachers, tokens = [], [], []
-            for _ in prompts:
-                prompt, prefix, responses = todo.pop(0)
-                teachers.append(self.teacher_hidden(prompt, responses)[responses.mask])
-                clock.lap("teacher")
-                students.append(self.student_hidden(prompt, prefix, responses)[responses.mask])
-                tokens.append(responses.tokens[responses.mask])
-                del prefix
-            total, stats = self.loss(torch.cat(students), torch.cat(teachers), torch.cat(tokens))
+            _, caches, responses = zip(*(todo.pop(0) for _ in prompts), strict=True)
+            teacher_NH = self.teacher_hidden(prompts, responses)
+            clock.lap("teacher")
+            student_NH = self.student_hidden(prompts, caches, responses)
+            total, stats = self.loss(student_NH, teacher_NH, torch.cat([r.tokens[r.mask] for r in responses]))
+            del caches, student_NH
             (total / num_tokens).backward()  # one pass through the prefill that these prompts share
             loss += total.item() / num_tokens
             kl += float(stats["kl"].sum()) / num_tokens
@@ -191,25 +189,33 @@ class Trainer:
 
     def prefill(self, prompts: list[Prompt]) -> list[PrefixCache]:
         """A cache for each of the prompts, which share their long context and so its prefill."""
-        document = None
-        if len(prompts) > 1:
-            document = prefill(self.student, common_beginning(prompts), gradient=self.reuse_prefill)
-        return [prefill(self.student, p.long_ids, gradient=self.reuse_prefill, parent=document) for p in prompts]
+        if len(prompts) == 1:
+            return [prefill(self.student, prompts[0].long_ids, gradient=self.reuse_prefill)]
+        document = prefill(self.student, common_beginning(prompts), gradient=self.reuse_prefill)
+        return extend(self.student, document, [p.long_ids for p in prompts], gradient=self.reuse_prefill)
 
     @torch.no_grad()
-    def teacher_hidden(self, prompt: Prompt, responses: Responses) -> Tensor:
-        """The same responses under the short context, [G, T, H]."""
+    def teacher_hidden(self, prompts: list[Prompt], groups: Sequence[Responses]) -> Tensor:
+        """Every response token under its short context, [N, H]."""
         with self.autocast():
-            return response_hidden(self.teacher.model, prompt.short_ids, responses)
+            hiddens = response_hidden(self.teacher.model, [p.short_ids for p in prompts], groups)
+        return torch.cat([hidden[group.mask] for hidden, group in zip(hiddens, groups, strict=True)])
 
-    def student_hidden(self, prompt: Prompt, prefix: PrefixCache, responses: Responses) -> Tensor:
-        """The responses under the long context, [G, T, H], with gradient."""
+    def student_hidden(
+        self, prompts: list[Prompt], caches: Sequence[PrefixCache], groups: Sequence[Responses]
+    ) -> Tensor:
+        """Every response token under its long context, [N, H], with gradient."""
         mode = self.config.prefix_gradient
-        usable = mode == "detached" or prefix.has_gradient
+        reusable = mode == "detached" or self.reuse_prefill
         with self.autocast():
-            return response_hidden(
-                self.student, prompt.long_ids, responses, prefix_gradient=mode, prefix=prefix if usable else None
+            hiddens = response_hidden(
+                self.student,
+                [p.long_ids for p in prompts],
+                groups,
+                prefix_gradient=mode,
+                prefix=caches if reusable else None,
             )
+        return torch.cat([hidden[group.mask] for hidden, group in zip(hiddens, groups, strict=True)])
 
     def loss(self, student_NH: Tensor, teacher_NH: Tensor, tokens_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over response tokens, and per-token statistics."""
