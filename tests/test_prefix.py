@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from opsdl.losses import fused_reverse_kl
 from opsdl.prefix import PrefixCache, Responses, StalePrefixError, attach, detach, extend, generate, partial, prefill
 from opsdl.prefix import response_hidden
 
@@ -78,6 +79,18 @@ def test_packed_stream_equals_separate_rows(kind, lengths, checkpointing):
     assert packed_gradients.keys() == expected_gradients.keys()
     for name, gradient in packed_gradients.items():
         assert relative(gradient, expected_gradients[name]) < 1e-6, name
+
+
+def test_the_first_response_token_is_supervised():
+    """Responses of one token: all there is to learn from is the output of the last prefix token."""
+    model = make_model()
+    prefix_P, responses = make_group([1, 1])
+    hidden = response_hidden(model, prefix_P, responses)
+    expected = model.base_model(prefix_P[None], use_cache=False).last_hidden_state[0, -1]
+    assert relative(hidden[0, 0], expected) < 1e-6 and relative(hidden[1, 0], expected) < 1e-6
+    teacher = hidden.detach() + 0.1 * torch.randn(hidden.shape, dtype=torch.float64)
+    fused_reverse_kl(hidden, model.lm_head.weight, teacher, mask=responses.mask).backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.model.layers.parameters())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from opsdl.errors import UserError
 from opsdl.evaluation.evaluate import evaluate
@@ -45,6 +46,7 @@ def train(config: RunConfig) -> None:
     number, with the checkpoint before it intact. KeyboardInterrupt (Ctrl-C) arrives after the running step is finished
     and saved.
     """
+    transformers_logging.disable_progress_bar()  # saving a checkpoint must not break the bar of the steps
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
     initial = load_model(config.model, device)
