@@ -59,13 +59,14 @@ def _curve(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> N
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center")
         return
     steps, values = zip(*points, strict=True)
-    window = max(1, len(values) // 8)
+    window = max(4, len(values) // 8)
     trail = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
     axes.plot(steps, values, color=BEFORE, marker="o", markersize=3, linewidth=1, alpha=0.7, label="step")
     axes.plot(
         steps, [sum(part) / len(part) for part in trail], color=AFTER, linewidth=2.2, label=f"mean of the last {window}"
     )
     axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
 
 
@@ -85,7 +86,7 @@ def _bars(axes: Axes, before: list[dict[str, Any]], after: list[dict[str, Any]])
         error = {"ecolor": INK, "elinewidth": 1, "capsize": 3}
         axes.bar(positions, means, width, color=color, label=label, yerr=(below, above), error_kw=error)
         for x, mean, up in zip(positions, means, above, strict=True):
-            axes.text(x, mean + up + 0.015, f"{mean:.0%}", ha="center", va="bottom", fontsize=10, fontweight="bold")
+            axes.text(x, mean + up + 0.015, f"{mean:.0%}", ha="center", va="bottom", fontsize=8, fontweight="bold")
     axes.set_title("Accuracy on the evaluation sets, 95 % intervals")
     axes.set_xticks(range(len(before)), [f"{s['name']}\n{s['length']} tokens, {s['items']} items" for s in before])
     axes.tick_params(axis="x", length=0)
