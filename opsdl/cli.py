@@ -114,7 +114,7 @@ def evaluate(config: Path, overrides: tuple[str, ...], checkpoint: Path | None, 
 
 
 @commands.command()
-@click.argument("documents", nargs=-1, required=True, type=FILE)
+@click.argument("documents", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--model", required=True, help="Hub id or local directory of the model that writes the questions.")
 @click.option("--gguf-file", help="GGUF file inside that directory.")
 @click.option("--out", required=True, type=FILE, help="JSONL file to write; it must not exist.")
@@ -144,6 +144,8 @@ def prepare(
         raise UserError(f"--out {out}: exists already; expected a new file")
     _check_parent("--out", out)
 
+    from tqdm import tqdm
+
     from opsdl.data.prepare import prepare as run
     from opsdl.data.prepare import self_questions
     from opsdl.data.triplets import write_triplets
@@ -154,14 +156,18 @@ def prepare(
     tokenizer = load_tokenizer(source)
     writer = load_model(source, pick_device("auto"))
     triplets = list(
-        run(
-            documents,
-            tokenizer=tokenizer,
-            long_tokens=long_tokens,
-            short_tokens=short_tokens,
-            questions=self_questions(writer, tokenizer, seed=seed),
-            per_document=per_document,
-            seed=seed,
+        tqdm(
+            run(
+                documents,
+                tokenizer=tokenizer,
+                long_tokens=long_tokens,
+                short_tokens=short_tokens,
+                questions=self_questions(writer, tokenizer, seed=seed),
+                per_document=per_document,
+                seed=seed,
+            ),
+            unit="triplet",
+            disable=None,  # where nobody watches
         )
     )
     if not triplets:

@@ -162,7 +162,7 @@ def test_prepare_writes_triplets(tiny_model_dir, tmp_path, capsys, monkeypatch):
     sizes = ["--long-tokens", "60", "--short-tokens", "20", "--per-document", "3"]
     assert main(["prepare", str(document), "--model", str(tiny_model_dir), "--out", str(out), *sizes]) == 0
     assert capsys.readouterr().out == f"{out}: 3 triplets\n"
-    assert [triplet.question for triplet in read_triplets(out)] == ["Who?"] * 3
+    assert [triplet.question for _, triplet in read_triplets(out)] == ["Who?"] * 3
 
 
 def test_prepare_without_a_single_question(tiny_model_dir, tmp_path, fails, monkeypatch):

@@ -33,7 +33,7 @@ def test_triplets_survive_the_file(tmp_path):
     path = tmp_path / "t.jsonl"
     triplets = [TRIPLET, Triplet(**ROW)]
     write_triplets(path, triplets)
-    assert read_triplets(path) == triplets
+    assert read_triplets(path) == [(f"{path}:{number}", t) for number, t in enumerate(triplets, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_triplets(path, interrupted())
-    assert read_triplets(path) == [TRIPLET]
+    assert [triplet for _, triplet in read_triplets(path)] == [TRIPLET]
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -80,7 +80,7 @@ def test_every_folder_with_modules_is_a_package():
     [
         (["train", "recipes/any.yaml"], "omegaconf"),
         (["eval", "recipes/any.yaml"], "omegaconf"),
-        (["prepare", "a.txt", "--model", "m", "--out", "new.jsonl"], "transformers"),
+        (["prepare", __file__, "--model", "m", "--out", "new.jsonl"], "transformers"),
     ],
 )
 def test_command_without_its_packages_says_what_to_install(arguments, missing):

@@ -5,8 +5,18 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from opsdl.losses import fused_reverse_kl
-from opsdl.prefix import PrefixCache, Responses, StalePrefixError, attach, detach, extend, generate, partial, prefill
-from opsdl.prefix import response_hidden
+from opsdl.prefix import (
+    PrefixCache,
+    Responses,
+    StalePrefixError,
+    attach,
+    detach,
+    extend,
+    generate,
+    partial,
+    prefill,
+    response_hidden,
+)
 
 VOCABULARY = 97
 SHAPE = dict(
@@ -269,7 +279,9 @@ def test_generate_matches_transformers_and_reports_log_probs(smollm2, tokenizer)
     end = tokenizer.eos_token_id
     with torch.no_grad():
         expected = smollm2.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=end)[0, ids.shape[1] :]
-    ours = generate(smollm2, prefill(smollm2, ids[0]), num_responses=2, max_new_tokens=12, temperature=0, eos_token_id=end)
+    ours = generate(
+        smollm2, prefill(smollm2, ids[0]), num_responses=2, max_new_tokens=12, temperature=0, eos_token_id=end
+    )
     assert ours.tokens[0].tolist() == ours.tokens[1].tolist() == expected.tolist()
     hidden_GTH = response_hidden(smollm2, ids[0], ours)
     log_probs = smollm2.lm_head(hidden_GTH).log_softmax(-1).gather(2, ours.tokens[..., None])[..., 0]
@@ -341,7 +353,10 @@ def test_errors_name_the_argument():
         (lambda: Responses(tokens_GT.float(), tokens_GT > 0), "expected int64"),
         (lambda: response_hidden(model, prefix_P, responses, prefix_gradient="half"), "'exact' or 'detached'"),
         (lambda: response_hidden(model, prefix_P, responses, prefix=cache), "made without gradient"),
-        (lambda: response_hidden(model, prefix_P + 1, responses, prefix_gradient="detached", prefix=cache), "other tok"),
+        (
+            lambda: response_hidden(model, prefix_P + 1, responses, prefix_gradient="detached", prefix=cache),
+            "other tok",
+        ),
         (lambda: generate(model, cache, max_new_tokens=0, eos_token_id=1), "max_new_tokens: 0"),
         (lambda: generate(model, cache, **go, num_responses=0), "num_responses: 0"),
         (lambda: generate(model, cache, **go, temperature=-1), "temperature: -1"),
@@ -349,7 +364,10 @@ def test_errors_name_the_argument():
         (lambda: generate(model, cache, max_new_tokens=1, eos_token_id=[]), "eos_token_id: empty"),
         (lambda: generate(model, [], **go), "empty sequence"),
         (lambda: generate(model, cache, max_new_tokens=60, eos_token_id=1), "60 response tokens exceed"),
-        (lambda: partial.attend(*(torch.zeros(1, h, n, 8) for h, n in ((5, 3), (2, 3), (2, 3))), 1.0, False), "multiple"),
+        (
+            lambda: partial.attend(*(torch.zeros(1, h, n, 8) for h, n in ((5, 3), (2, 3), (2, 3))), 1.0, False),
+            "multiple",
+        ),
         (lambda: partial.attend(*(torch.zeros(1, 2, n, 8) for n in (3, 0, 0)), 1.0, False), "non-empty"),
         (lambda: partial.attend(*(torch.zeros(1, 2, n, 8) for n in (3, 4, 4)), 1.0, True), "Lq == Lk"),
     ]

@@ -15,15 +15,26 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opsdl.training.loop as loop
+from opsdl.cli import main
 from opsdl.data.needles import make_needles
 from opsdl.data.triplets import Triplet, write_triplets
 from opsdl.errors import UserError
 from opsdl.models import load_model, load_tokenizer
 from opsdl.training.config import (
-    DataConfig, EvaluationConfig, EvaluationSet, LossConfig, ModelConfig, NeedleConfig, OptimizerConfig, RolloutConfig,
-    RunConfig, TeacherConfig, to_yaml,
+    DataConfig,
+    EvaluationConfig,
+    EvaluationSet,
+    LossConfig,
+    ModelConfig,
+    NeedleConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+    TeacherConfig,
+    to_yaml,
 )  # fmt: skip
 from opsdl.training.loop import Trainer, train
+from opsdl.training.prompts import Prompts
 from opsdl.training.rundir import RunDir
 
 NEEDLES = NeedleConfig(kinds=["multikey"], length=160, short_length=60)
@@ -49,7 +60,9 @@ def config(tiny_model_dir, tmp_path):
 
 def make_trainer(config):
     tokenizer, model = load_tokenizer(config.model), load_model(config.model)
-    return Trainer(config, RunDir(config), model, tokenizer, torch.device("cpu"))
+    run = RunDir(config)
+    run.create()
+    return Trainer(config, run, model, tokenizer, Prompts(config, tokenizer, 2048, torch.device("cpu")))
 
 
 def final_weights(config):
@@ -174,12 +187,33 @@ def test_a_loss_that_is_not_a_number_stops_before_the_weights(config, monkeypatc
         return value * torch.nan, stats
 
     monkeypatch.setattr(loop, "fused_reverse_kl", broken)
-    with pytest.raises(UserError, match=r"step 2: the loss is nan; .* last checkpoint is .*step-00001"):
+    with pytest.raises(UserError, match=r"step 2: the loss is nan, .* last checkpoint, .*step-00001, is as it was"):
         trainer.step()
     for name, tensor in trainer.student.state_dict().items():
         if name in saved:
             assert torch.equal(tensor, saved[name])
     assert all(torch.equal(tensor, saved[name]) for name, tensor in final_weights(config).items())
+
+
+def test_exploding_weights_end_in_one_line(config, tmp_path, capsys):
+    """With an absurd learning rate the next rollout has no finite logits: one line, exit code 2, checkpoint kept."""
+    settings = replace(config, optimizer=OptimizerConfig(lr=1e30, warmup_steps=1), checkpoint_every=1)
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(settings))
+    assert main(["train", str(path)]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "opsdl: error: step 2: " in last and "not finite" in last and "step-00001" in last
+    assert load_file(tmp_path / "run" / "checkpoints" / "step-00001" / "model.safetensors")
+
+
+def test_own_triplets_without_answers_or_evaluation(config, tokenizer, tmp_path):
+    triplets = [replace(t, answers=()) for t in make_needles(tokenizer, NEEDLES, 3, seed=0)]
+    write_triplets(tmp_path / "own.jsonl", triplets)
+    data, nothing = DataConfig(triplets=str(tmp_path / "own.jsonl")), EvaluationConfig(sets=[])
+    train(replace(config, data=data, evaluation=nothing, steps=2))
+    rows = RunDir(replace(config, data=data, evaluation=nothing, steps=2, resume="auto")).rows("metrics.jsonl")
+    assert [row["accuracy"] for row in rows] == [None, None]
+    assert (tmp_path / "run" / "report.md").exists() and (tmp_path / "run" / "report.png").exists()
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_resumes(config, tmp_path):
@@ -211,13 +245,21 @@ def test_bad_runs_are_refused_before_anything_is_written(config, tokenizer, tmp_
         return DataConfig(triplets=str(path))
 
     long = "word " * 2100
+    far = EvaluationSet(name="far", items=1, needles=replace(NEEDLES, split="eval", length=2100))
     cases = [
-        ({"data": triplets("a.jsonl", long_context=long)}, r"a.jsonl, item 2, long_context: 21\d\d prompt tokens \+ 5 new tokens"),
-        ({"data": triplets("b.jsonl", short_context=long)}, "item 2, short_context"),
+        (
+            {"data": triplets("a.jsonl", long_context=long)},
+            r"a.jsonl:2, long_context: 21\d\d prompt tokens \+ 5 new tokens",
+        ),
+        ({"data": triplets("b.jsonl", short_context=long)}, "b.jsonl:2, short_context"),
         ({"data": DataConfig(triplets="nowhere.jsonl")}, "nowhere.jsonl: no such file"),
-        ({"data": DataConfig(needles=replace(NEEDLES, length=2100))}, "long_context: .* exceed the model's limit of 2048"),
+        (
+            {"data": DataConfig(needles=replace(NEEDLES, length=2100))},
+            "long_context: .* exceed the model's limit of 2048",
+        ),
         ({"model": ModelConfig(name="no/where/at/all")}, "no/where/at/all"),
         ({"device": "abacus"}, "device 'abacus'"),
+        ({"evaluation": EvaluationConfig(sets=[far])}, "evaluation set far, .* exceed the model's limit of 2048"),
     ]
     for change, message in cases:
         with pytest.raises(UserError, match=message) as caught:

@@ -169,7 +169,7 @@ def _draw(kind: str, split: str, rng: random.Random, first: int) -> Needles:
     asked = range(first, first + count)
     keys = rng.sample(NOUNS[split], num_keys) * num_values
     values = [str(number) for number in rng.sample(NUMBERS[split], len(keys))]
-    sentences = [wording.needle.format(key=key, value=value) for key, value in zip(keys, values)]
+    sentences = [wording.needle.format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
     if count == 1:
         question = wording.one.format(key=keys[first])
     elif kind == "multivalue":
@@ -210,7 +210,7 @@ def _passage(tokenizer: PreTrainedTokenizerBase, units: tuple[str, ...], start: 
     while len(passage) < len(units):
         indices = range(start + len(passage), start + min(len(passage) + UNIT_BATCH, len(units)))
         batch = [units[index % len(units)] for index in indices]
-        for unit, count in zip(batch, _line_counts(tokenizer, batch)):
+        for unit, count in zip(batch, _line_counts(tokenizer, batch), strict=True):
             if count > room:
                 cut = _cut(tokenizer, unit, room)
                 return [*passage, cut] if cut else passage

@@ -1,12 +1,12 @@
 """Triplets from raw documents by the paper's reverse construction: no retriever, no labels.
 
-    C_L    consecutive paragraphs of a document, up to `long_tokens`
-    C_S    a random run of C_L's paragraphs, up to `short_tokens`
-    Q      written by the model itself from C_S, so C_S is relevant by construction
+C_L    consecutive paragraphs of a document, up to `long_tokens`
+C_S    a random run of C_L's paragraphs, up to `short_tokens`
+Q      written by the model itself from C_S, so C_S is relevant by construction
 
-    questions = self_questions(model, tokenizer, seed=0)
-    write_triplets("triplets.jsonl", prepare(["books/"], tokenizer=tokenizer, long_tokens=4096, short_tokens=512,
-                                             questions=questions, per_document=4, seed=0))
+questions = self_questions(model, tokenizer, seed=0)
+write_triplets("triplets.jsonl", prepare(["books/"], tokenizer=tokenizer, long_tokens=4096, short_tokens=512,
+                                         questions=questions, per_document=4, seed=0))
 """
 
 from __future__ import annotations

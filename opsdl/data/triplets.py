@@ -32,8 +32,8 @@ TEXTS = ("long_context", "short_context", "question")  # required, not blank
 KEYS = tuple(field.name for field in fields(Triplet))
 
 
-def read_triplets(path: str | Path) -> list[Triplet]:
-    """Read a JSONL file of triplets; blank lines are skipped.
+def read_triplets(path: str | Path) -> list[tuple[str, Triplet]]:
+    """Read a JSONL file of triplets, each with its place "file:line"; blank lines are skipped.
 
     Raises UserError naming the file and the line for broken JSON, a missing, unknown or wrongly typed key, or a blank
     text; and naming the file when it does not exist, is not UTF-8, or holds no triplet.
@@ -45,10 +45,10 @@ def read_triplets(path: str | Path) -> list[Triplet]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"triplets {path}: not UTF-8 text at byte {error.start}") from None
-    triplets = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
-    if not triplets:
+    places = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not places:
         raise UserError(f"triplets {path}: empty; expected one JSON object a line")
-    return triplets
+    return [(place, _parse(line, place)) for place, line in places]
 
 
 def write_triplets(path: str | Path, triplets: Iterable[Triplet]) -> None:

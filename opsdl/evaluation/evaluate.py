@@ -56,9 +56,7 @@ def evaluate(model: Any, tokenizer: Any, config: RunConfig, *, progress: bool = 
     return {"sets": results, "seconds": time.perf_counter() - started}
 
 
-def _prompts(
-    model: Any, tokenizer: Any, config: RunConfig, name: str, triplets: Sequence[Triplet]
-) -> list[list[int]]:
+def _prompts(model: Any, tokenizer: Any, config: RunConfig, name: str, triplets: Sequence[Triplet]) -> list[list[int]]:
     """Token ids of every long prompt, then of every short one; all are known to fit."""
     prompts = []
     for context in ("long_context", "short_context"):

@@ -7,7 +7,7 @@ import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ def write_report(
     """
     gains = _gains(before, after)
     facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": _device_name(config.device),
         "versions": {
             "python": platform.python_version(),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Head:
+class Head(NamedTuple):
     """The map from hidden states to logits: softcap(hidden weight^T + bias) / temperature."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     temperature: float
     softcap: float | None
+
+    def detached(self) -> Head:
+        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -48,13 +50,11 @@ def check_pair(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: T
         raise ValueError(f"teacher_hidden: on {teacher_hidden.device}; expected {student_hidden.device}")
 
 
-def check_scalars(temperature: float, softcap: float | None, reduction: str) -> None:
+def check_scalars(temperature: float, softcap: float | None) -> None:
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature}; expected a positive number")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: {softcap}; expected None or a positive number")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: {reduction!r}; expected 'mean', 'sum' or 'none'")
 
 
 def check_tokens(tokens: Tensor, leading: torch.Size, vocabulary: int) -> None:
@@ -69,13 +69,17 @@ def token_scale(
 ) -> Tensor:
     """[N] factor of each token in the reduced loss; for "none", of each token's own value.
 
-    Raises ValueError for a mask or weights that are not bool / floating point of the leading shape.
+    Raises ValueError for an unknown reduction, and for a mask or weights that are not bool / floating point of the
+    leading shape.
     """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: {reduction!r}; expected 'mean', 'sum' or 'none'")
     if mask is not None and (mask.shape != leading or mask.dtype != torch.bool):
         raise ValueError(f"mask: {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(leading)}")
     if token_weights is not None and (token_weights.shape != leading or not token_weights.is_floating_point()):
         raise ValueError(
-            f"token_weights: {token_weights.dtype} {tuple(token_weights.shape)}; expected floating point {tuple(leading)}"
+            f"token_weights: {token_weights.dtype} {tuple(token_weights.shape)}; expected floating point"
+            f" {tuple(leading)}"
         )
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     scale = torch.ones(leading, dtype=dtype, device=like.device)

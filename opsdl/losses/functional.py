@@ -10,14 +10,16 @@ blocks of tokens and never holds the logits of more than one block. "auto" takes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from opsdl.losses import reference, terms
-from opsdl.losses.arguments import Head, check_head, check_pair, check_scalars, check_tokens, token_scale
+from opsdl.losses.arguments import Head, check_head, check_scalars, check_tokens, token_scale
 from opsdl.losses.chunked import Block, ChunkedLoss, Student
+from opsdl.losses.pair import Pair
 from opsdl.losses.shards import Shards
 
 BACKENDS = {"reference": "available", "torch": "available"}
@@ -50,8 +52,8 @@ def fused_reverse_kl(
 
     student_hidden [..., Hs], student_weight [V, Hs]; teacher_hidden [..., Ht], teacher_weight [V, Ht], or None when
     the teacher uses the student's head (and its bias): a live self-teacher. Biases [V]. mask [...] bool, False drops
-    the token. token_weights [...] multiply the tokens' losses. Logits are softcap * tanh(logits / softcap) / temperature
-    for both; the loss carries no temperature^2 factor.
+    the token. token_weights [...] multiply the tokens' losses. Logits are softcap * tanh(z / softcap) / temperature for
+    both; the loss carries no temperature^2 factor.
 
     reduction "mean" divides by the number of unmasked tokens (a mask of all False gives 0 with zero gradient),
     "sum" adds, "none" returns [...]. return_stats also returns per-token kl, student_lse, teacher_lse, entropy (of the
@@ -65,26 +67,18 @@ def fused_reverse_kl(
 
     Source: arXiv 2604.17535; design, "Losses". Raises ValueError naming the argument, its shape and what was expected.
     """
-    shared = teacher_weight is None
-    if shared and teacher_bias is not None:
-        raise ValueError("teacher_bias: given without teacher_weight; expected both or neither")
-    check_head("student", student_hidden, student_weight, student_bias)
-    check_scalars(temperature, softcap, reduction)
-    student = Head(student_weight, student_bias, temperature, softcap)
-    teacher = student if shared else Head(teacher_weight, teacher_bias, temperature, softcap)
-    check_head("teacher", teacher_hidden, teacher.weight, teacher.bias)
-    check_pair(student_hidden, student_weight, teacher_hidden, teacher.weight)
-    shards = Shards.of(student_weight.shape[0], vocab_group, student_hidden.device)
-    scale = token_scale(student_hidden.shape[:-1], mask, token_weights, reduction, like=student_hidden)
-    if _choose(backend, vocab_group) == "reference":
-        z, z_teacher = _reference_logits(student_hidden, student, teacher_hidden, teacher)
-        stats = _reference_stats(z, z_teacher, scale) if return_stats else {}
-        return _shape(reference.reduce(reference.reverse_kl(z, z_teacher), mask, token_weights, reduction), stats, return_stats)
-    gap = _gap(student_hidden, student, teacher_hidden, teacher, shared)
-    return _chunked(
-        student_hidden, student, lambda block, z: terms.reverse_kl(z, gap(block, z), shards), scale, shards,
-        skip_tolerance, reduction, return_stats,
+    pair = Pair(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+        temperature, softcap, vocab_group,
     )  # fmt: skip
+    return _run(
+        student_hidden,
+        pair.student,
+        pair.shards,
+        Options(mask, token_weights, reduction, skip_tolerance, backend, return_stats),
+        on_logits=lambda z: (reference.reverse_kl(z, pair.teacher_logits()), pair.statistics(z)),
+        on_block=lambda tokens_n, z_nV: terms.reverse_kl(z_nV, pair.gap(tokens_n, z_nV), pair.shards),
+    )
 
 
 def fused_policy_reverse_kl(
@@ -113,32 +107,23 @@ def fused_policy_reverse_kl(
     of `fused_reverse_kl`. baseline "kl" adds KL(student || teacher) to the advantage: same mean, less variance.
     Everything else as in `fused_reverse_kl`; the stats gain `advantage`.
     """
-    shared = teacher_weight is None
-    if shared and teacher_bias is not None:
-        raise ValueError("teacher_bias: given without teacher_weight; expected both or neither")
     if baseline not in (None, "kl"):
         raise ValueError(f"baseline: {baseline!r}; expected None or 'kl'")
-    check_head("student", student_hidden, student_weight, student_bias)
-    check_scalars(temperature, softcap, reduction)
-    shards = Shards.of(student_weight.shape[0], vocab_group, student_hidden.device)
-    check_tokens(tokens, student_hidden.shape[:-1], shards.total)
-    student = Head(student_weight, student_bias, temperature, softcap)
-    teacher = student if shared else Head(teacher_weight, teacher_bias, temperature, softcap)
-    check_head("teacher", teacher_hidden, teacher.weight, teacher.bias)
-    check_pair(student_hidden, student_weight, teacher_hidden, teacher.weight)
-    scale = token_scale(student_hidden.shape[:-1], mask, token_weights, reduction, like=student_hidden)
-    if _choose(backend, vocab_group) == "reference":
-        z, z_teacher = _reference_logits(student_hidden, student, teacher_hidden, teacher)
-        stats = _reference_stats(z, z_teacher, scale) if return_stats else {}
-        values = reference.policy_reverse_kl(z, z_teacher, tokens, baseline)
-        return _shape(reference.reduce(values, mask, token_weights, reduction), stats, return_stats)
-    gap = _gap(student_hidden, student, teacher_hidden, teacher, shared)
-    flat = tokens.flatten()
-    return _chunked(
-        student_hidden, student,
-        lambda block, z: terms.policy_reverse_kl(z, gap(block, z), flat[block], baseline, shards),
-        scale, shards, skip_tolerance, reduction, return_stats,
+    pair = Pair(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, student_bias, teacher_bias,
+        temperature, softcap, vocab_group,
     )  # fmt: skip
+    check_tokens(tokens, student_hidden.shape[:-1], pair.shards.total)
+    flat = tokens.flatten()
+
+    def on_logits(z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return reference.policy_reverse_kl(z, pair.teacher_logits(), tokens, baseline), pair.statistics(z)
+
+    def on_block(tokens_n: Tensor, z_nV: Tensor) -> Block:
+        return terms.policy_reverse_kl(z_nV, pair.gap(tokens_n, z_nV), flat[tokens_n], baseline, pair.shards)
+
+    options = Options(mask, token_weights, reduction, skip_tolerance, backend, return_stats)
+    return _run(student_hidden, pair.student, pair.shards, options, on_logits, on_block)
 
 
 def fused_log_prob(
@@ -161,17 +146,17 @@ def fused_log_prob(
     Options and errors as in `fused_reverse_kl`; `reduction` defaults to "none", since sums of it make SFT, DPO, LongPO.
     """
     check_head("student", hidden, weight, bias)
-    check_scalars(temperature, softcap, reduction)
+    check_scalars(temperature, softcap)
     shards = Shards.of(weight.shape[0], vocab_group, hidden.device)
     check_tokens(tokens, hidden.shape[:-1], shards.total)
-    head = Head(weight, bias, temperature, softcap)
-    scale = token_scale(hidden.shape[:-1], mask, token_weights, reduction, like=hidden)
-    if _choose(backend, vocab_group) == "reference":
-        z = reference.logits(hidden, weight, bias, temperature, softcap)
-        return reference.reduce(reference.log_prob(z, tokens), mask, token_weights, reduction)
     flat = tokens.flatten()
-    return _chunked(
-        hidden, head, lambda block, z: terms.log_prob(z, flat[block], shards), scale, shards, skip_tolerance, reduction, False
+    return _run(
+        hidden,
+        Head(weight, bias, temperature, softcap),
+        shards,
+        Options(mask, token_weights, reduction, skip_tolerance, backend, return_stats=False),
+        on_logits=lambda z: (reference.log_prob(z, tokens), {}),
+        on_block=lambda tokens_n, z_nV: terms.log_prob(z_nV, flat[tokens_n], shards),
     )
 
 
@@ -190,7 +175,7 @@ class FusedReverseKL(nn.Module):
         return_stats: bool = False,
     ):
         super().__init__()
-        check_scalars(temperature, softcap, reduction)
+        check_scalars(temperature, softcap)
         self.options = dict(
             temperature=temperature, softcap=softcap, reduction=reduction, skip_tolerance=skip_tolerance,
             vocab_group=vocab_group, backend=backend, return_stats=return_stats,
@@ -200,6 +185,45 @@ class FusedReverseKL(nn.Module):
         return fused_reverse_kl(
             student_hidden, student_weight, teacher_hidden, teacher_weight, **tensors, **self.options
         )
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is done with the per-token values."""
+
+    mask: Tensor | None
+    token_weights: Tensor | None
+    reduction: str
+    skip_tolerance: float | str | None
+    backend: str
+    return_stats: bool
+
+
+def _run(
+    hidden: Tensor,
+    head: Head,
+    shards: Shards,
+    options: Options,
+    on_logits: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]],
+    on_block: Callable[[Tensor, Tensor], Block],
+):
+    """Reduce the per-token values that `on_logits` makes of all logits, or `on_block` of those of a block."""
+    leading = hidden.shape[:-1]
+    scale_N = token_scale(leading, options.mask, options.token_weights, options.reduction, like=hidden)
+    tolerance = _tolerance(options.skip_tolerance, hidden.dtype)
+    if _choose(options.backend, shards.group) == "reference":
+        values, stats = on_logits(reference.logits(hidden, *head))
+        stats = {name: x.masked_fill(scale_N.reshape(leading) == 0, 0.0) for name, x in stats.items()}
+        out = reference.reduce(values, options.mask, options.token_weights, options.reduction)
+    else:
+        flat, stats = hidden.reshape(-1, hidden.shape[-1]), {}
+        student = Student(flat.detach(), head.detached(), on_block, shards, tolerance)
+        with torch.autocast(hidden.device.type, enabled=False):
+            out = ChunkedLoss.apply(flat, head.weight, head.bias, scale_N, student, options.reduction == "none", stats)
+        stats = {name: x.reshape(leading) for name, x in stats.items()}
+        if options.reduction == "none":
+            out = out.reshape(leading)
+    return (out, stats) if options.return_stats else out
 
 
 def _choose(backend: str, vocab_group: dist.ProcessGroup | None) -> str:
@@ -212,35 +236,6 @@ def _choose(backend: str, vocab_group: dist.ProcessGroup | None) -> str:
     return backend
 
 
-def _gap(
-    student_hidden: Tensor, student: Head, teacher_hidden: Tensor, teacher: Head, shared: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    student_NH, teacher_NH = (x.detach().reshape(-1, x.shape[-1]) for x in (student_hidden, teacher_hidden))
-    student, teacher = (_detached(head) for head in (student, teacher))
-    return lambda block, z: terms.gap(z, student_NH[block], student, teacher_NH[block], teacher, shared)
-
-
-def _chunked(
-    hidden: Tensor,
-    head: Head,
-    block_loss: Callable[[Tensor, Tensor], Block],
-    scale: Tensor,
-    shards: Shards,
-    skip_tolerance: float | str | None,
-    reduction: str,
-    return_stats: bool,
-):
-    leading = hidden.shape[:-1]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    stats: dict[str, Tensor] = {}
-    student = Student(flat.detach(), _detached(head), block_loss, shards, _tolerance(skip_tolerance, hidden.dtype))
-    with torch.autocast(hidden.device.type, enabled=False):
-        out = ChunkedLoss.apply(flat, head.weight, head.bias, scale, student, reduction == "none", stats)
-    if reduction == "none":
-        out = out.reshape(leading)
-    return _shape(out, {name: x.reshape(leading) for name, x in stats.items()}, return_stats)
-
-
 def _tolerance(value: float | str | None, dtype: torch.dtype) -> float:
     if value == "auto":
         return torch.finfo(dtype).eps / 4
@@ -249,31 +244,3 @@ def _tolerance(value: float | str | None, dtype: torch.dtype) -> float:
     if isinstance(value, str) or not 0 <= value < 1:
         raise ValueError(f"skip_tolerance: {value!r}; expected None, 'auto' or a number in [0, 1)")
     return float(value)
-
-
-def _detached(head: Head) -> Head:
-    bias = None if head.bias is None else head.bias.detach()
-    return Head(head.weight.detach(), bias, head.temperature, head.softcap)
-
-
-def _reference_logits(student_hidden, student: Head, teacher_hidden, teacher: Head) -> tuple[Tensor, Tensor]:
-    return tuple(
-        reference.logits(hidden, head.weight, head.bias, head.temperature, head.softcap)
-        for hidden, head in ((student_hidden, student), (teacher_hidden.detach(), teacher))
-    )
-
-
-@torch.no_grad()
-def _reference_stats(z: Tensor, z_teacher: Tensor, scale: Tensor) -> dict[str, Tensor]:
-    log_p = z.log_softmax(-1)
-    stats = {
-        "kl": reference.reverse_kl(z, z_teacher),
-        "student_lse": z.logsumexp(-1),
-        "teacher_lse": z_teacher.logsumexp(-1),
-        "entropy": -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1),
-    }
-    return {name: x.masked_fill(scale.reshape(x.shape) == 0, 0.0) for name, x in stats.items()}
-
-
-def _shape(loss: Tensor, stats: dict[str, Tensor], return_stats: bool):
-    return (loss, stats) if return_stats else loss

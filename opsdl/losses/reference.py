@@ -34,7 +34,9 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return (log_p.exp() * gap).sum(-1)
 
 
-def policy_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, baseline: str | None = None) -> Tensor:
+def policy_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, baseline: str | None = None
+) -> Tensor:
     """Sampled-token form: [..., V] x 2, [...] -> [...]. baseline "kl" adds the KL to the advantage (same mean)."""
     log_p = student_logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     log_q = teacher_logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]

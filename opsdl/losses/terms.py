@@ -82,7 +82,8 @@ def gap(
     """Student minus teacher logit [n, V], as exact as the heads allow.
 
     With one head for both, (h_s - h_t) W^T has no cancellation however close the two are; under a soft cap that
-    difference goes through tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b). Distinct heads: float32 logits subtracted.
+    difference goes through tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b). Distinct heads: float32 logits are
+    subtracted.
     """
     weight_VH = teacher.weight.to(z_nV.dtype)
     teacher_nH = teacher_hidden.to(z_nV.dtype)

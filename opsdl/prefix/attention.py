@@ -48,9 +48,13 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     if kwargs.get("sliding_window") is not None:
-        raise ValueError(f"shared prefix: layer {module.layer_idx} has a sliding window; only full attention is supported")
+        raise ValueError(
+            f"shared prefix: layer {module.layer_idx} has a sliding window; only full attention is supported"
+        )
     if kwargs.get("softcap") is not None:
-        raise ValueError(f"shared prefix: layer {module.layer_idx} soft-caps its attention scores, which is not supported")
+        raise ValueError(
+            f"shared prefix: layer {module.layer_idx} soft-caps its attention scores, which is not supported"
+        )
     if dropout:
         raise ValueError(f"shared prefix: attention dropout is {dropout}; a packed stream supports 0 only")
     # Under autocast the rotary embedding leaves queries and keys in float32 while values are in the low precision.

@@ -89,7 +89,9 @@ def prefill(model: PreTrainedModel, prefix_ids: Tensor, *, gradient: bool = Fals
     _check_gradient(model, gradient)
     layout = PrefixLayout()
     with torch.set_grad_enabled(gradient):
-        last_hidden(model, prefix_ids[None, :-1], torch.arange(len(prefix_ids) - 1, device=prefix_ids.device)[None], layout)
+        last_hidden(
+            model, prefix_ids[None, :-1], torch.arange(len(prefix_ids) - 1, device=prefix_ids.device)[None], layout
+        )
     if len(layout.layers) != model.config.num_hidden_layers:
         raise ValueError(
             f"model: {len(layout.layers)} of {model.config.num_hidden_layers} layers keep keys and values; a shared"
@@ -121,7 +123,9 @@ def extend(
     layout = ExtendLayout(rows, parent.layers)
     with torch.set_grad_enabled(gradient):
         last_hidden(model, torch.cat([ids[start:-1] for ids in prefixes])[None], positions_N[None], layout)
-    return [PrefixCache(ids, layers, parent.weights_version) for ids, layers in zip(prefixes, layout.layers, strict=True)]
+    return [
+        PrefixCache(ids, layers, parent.weights_version) for ids, layers in zip(prefixes, layout.layers, strict=True)
+    ]
 
 
 def _check_gradient(model: PreTrainedModel, gradient: bool) -> None:

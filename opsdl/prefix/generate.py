@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opsdl.errors import UserError
 from opsdl.prefix.attention import last_hidden
 from opsdl.prefix.cache import PrefixCache, check_prefix
 from opsdl.prefix.layout import DecodeLayout
@@ -33,7 +34,8 @@ def generate(
 
     Returns Responses [G, T] for one prefix, a list of them for a sequence of prefixes; T is the length of the longest
     response of the call, and tokens after an end are the first of `eos_token_id`.
-    Raises ValueError for arguments out of range, StalePrefixError when the weights have changed.
+    Raises ValueError for arguments out of range, StalePrefixError when the weights have changed, UserError when the
+    model's logits are not finite.
     """
     prefixes = [prefix] if isinstance(prefix, PrefixCache) else list(prefix)
     ends = sorted({eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id))
@@ -55,6 +57,8 @@ def generate(
     for step in range(max_new_tokens):
         hidden_A1H = last_hidden(model, last_R[:, None], positions_R[alive, None] + step, layout)
         logits_AV = _logits(model, hidden_A1H[:, 0])
+        if not logits_AV.amax(-1).isfinite().all():
+            raise UserError(f"generate: the logits of response token {step} are not finite; expected sound weights")
         last_R = _sample(logits_AV, temperature, top_p, generator)
         tokens_RT[alive, step] = last_R
         mask_RT[alive, step] = True

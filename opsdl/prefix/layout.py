@@ -108,9 +108,18 @@ class RowsAttention(torch.autograd.Function):
         grad_out = grad_out.to(wide)
         grad_queries, grad_cached = [], []
         inputs = [grad_out, query.to(wide), out, lse]
-        for grad_part, query_part, out_part, lse_part, prefix_key, prefix_value in _by_prefix(ctx.counts, inputs, cached):
+        for grad_part, query_part, out_part, lse_part, prefix_key, prefix_value in _by_prefix(
+            ctx.counts, inputs, cached
+        ):
             grads = partial.attend_backward(
-                grad_part, query_part, prefix_key.to(wide), prefix_value.to(wide), out_part, lse_part, scale, causal=False
+                grad_part,
+                query_part,
+                prefix_key.to(wide),
+                prefix_value.to(wide),
+                out_part,
+                lse_part,
+                scale,
+                causal=False,
             )
             grad_queries.append(grads[0])
             grad_cached.extend(grad.to(dtype) for grad in grads[1:])

@@ -42,21 +42,23 @@ from opsdl.training.teacher import Teacher
 def train(config: RunConfig) -> None:
     """Evaluate, train, evaluate again, write the report; go on from the newest checkpoint with resume=auto.
 
-    Raises UserError for bad input, before anything is written where it can be known, and for a loss that is not a
-    number, with the checkpoint before it intact. KeyboardInterrupt (Ctrl-C) arrives after the running step is finished
+    Raises UserError for bad input, before anything is written, and for a loss or gradient that is not a number, with
+    the checkpoint before it intact. KeyboardInterrupt (Ctrl-C) arrives after the running step is finished
     and saved.
     """
     transformers_logging.disable_progress_bar()  # saving a checkpoint must not break the bar of the steps
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model)
     initial = load_model(config.model, device)
-    Prompts(config, tokenizer, context_limit(initial), device)[0]  # bad data fails here, before a directory is made
+    prompts = Prompts(config, tokenizer, context_limit(initial), device)
+    prompts[0]  # bad data fails here
     run = RunDir(config)
     before = run.load("before.json")
     if before is None:
         before = evaluate(initial, tokenizer, config)
+        run.create()
         run.save("before.json", before)
-    trainer = Trainer(config, run, initial, tokenizer, device)
+    trainer = Trainer(config, run, initial, tokenizer, prompts)
     trainer.run_steps()
     after = run.load("after.json")
     if after is None:
@@ -75,9 +77,10 @@ class Trainer:
         run: RunDir,
         initial: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
+        prompts: Prompts,
     ):
-        self.config, self.run, self.tokenizer, self.device = config, run, tokenizer, device
+        self.config, self.run, self.tokenizer, self.prompts = config, run, tokenizer, prompts
+        self.device = device = initial.device
         checkpoint = run.checkpoint
         if checkpoint is None:
             self.student, self.done = initial, 0
@@ -99,7 +102,6 @@ class Trainer:
         if checkpoint is not None:
             self.done = restore_trainer(checkpoint, self.student, self.optimizer, self._average)
         run.forget_after(self.done)
-        self.prompts = Prompts(config, tokenizer, context_limit(initial), device)
         self.eos = eos_token_ids(self.student, tokenizer)
         # The rollout's own pass over the prefix keeps its graph for the backward, unless memory is to be saved.
         self.reuse_prefill = config.prefix_gradient == "exact" and not config.model.activation_checkpointing
@@ -127,11 +129,14 @@ class Trainer:
         """One optimizer step over `prompts_per_step` prompts. Returns and logs its metrics."""
         clock = Clock(self.device)
         batch = self.prompts.batch(self.done)
-        prefixes, groups = self.rollout(batch)
+        try:
+            prefixes, groups = self.rollout(batch)
+        except UserError as error:
+            raise self.broken(str(error)) from None
         clock.lap("rollout")
         num_tokens = sum(int(group.mask.sum()) for group in groups)
         loss, kl, entropy = 0.0, 0.0, 0.0
-        todo = [list(items) for items in zip(batch, prefixes, groups, strict=True)]
+        todo = list(zip(batch, prefixes, groups, strict=True))
         del prefixes  # a graph lives until its backward
         for prompts in by_context(batch):
             _, caches, responses = zip(*(todo.pop(0) for _ in prompts), strict=True)
@@ -145,12 +150,10 @@ class Trainer:
             kl += float(stats["kl"].sum()) / num_tokens
             entropy += float(stats["entropy"].sum()) / num_tokens
             clock.lap("student")
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {self.done + 1}: the loss is {loss}; expected a finite number. Nothing was changed: the last"
-                f" checkpoint is {self.run.checkpoint or 'none'}; try a lower optimizer.lr"
-            )
-        gradient_norm = self.update()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.optimizer.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self.broken(f"the loss is {loss}, its gradient's norm {norm}; expected finite numbers")
+        self.update()
         clock.lap("optimizer")
         self.done += 1
         seconds = clock.seconds
@@ -164,7 +167,7 @@ class Trainer:
             "tokens_per_second": (sum(len(p.long_ids) for p in batch) + num_tokens) / sum(seconds.values()),
             **{f"seconds_{part}": value for part, value in seconds.items()},
             "peak_memory_mib": peak_memory_mib(self.device),
-            "grad_norm": gradient_norm,
+            "grad_norm": norm,
             "lr": self.optimizer.param_groups[0]["lr"],
         }
         self.run.append("metrics.jsonl", metrics)
@@ -221,28 +224,41 @@ class Trainer:
 
     def loss(self, student_NH: Tensor, teacher_NH: Tensor, tokens_N: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over response tokens, and per-token statistics."""
-        heads = self.student.get_output_embeddings().weight, teacher_NH, self.teacher.head
-        softcap = getattr(self.student.config, "final_logit_softcapping", None)
-        options = {"softcap": softcap, "reduction": "sum", "return_stats": True}
+        student, teacher = self.student.get_output_embeddings(), self.teacher.head
+        inputs = student_NH, student.weight, teacher_NH, teacher and teacher.weight
+        options = {
+            "student_bias": student.bias,
+            "teacher_bias": teacher and teacher.bias,
+            "softcap": getattr(self.student.config, "final_logit_softcapping", None),
+            "reduction": "sum",
+            "return_stats": True,
+        }
         if self.config.loss.kind == "full":
-            return fused_reverse_kl(student_NH, *heads, **options)
-        return fused_policy_reverse_kl(student_NH, *heads, tokens_N, baseline=self.config.loss.baseline, **options)
+            return fused_reverse_kl(*inputs, **options)
+        return fused_policy_reverse_kl(*inputs, tokens_N, baseline=self.config.loss.baseline, **options)
 
-    def update(self) -> float:
-        """Clip, step, move the teacher. Returns the gradient's norm before clipping."""
+    def broken(self, what: str) -> UserError:
+        """Why this step was not made."""
+        return UserError(
+            f"step {self.done + 1}: {what}. The last checkpoint, {self.run.checkpoint or 'none'}, is as it was; try a"
+            " lower optimizer.lr"
+        )
+
+    def update(self) -> None:
+        """Step with the learning rate of this step, then move the teacher."""
         settings = self.config.optimizer
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.max_grad_norm)
-        warmup = min(1.0, (self.done + 1) / max(settings.warmup_steps, 1))
-        self.optimizer.param_groups[0]["lr"] = settings.lr * warmup
+        self.optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, (self.done + 1) / max(settings.warmup_steps, 1))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.teacher.update()
-        return float(norm)
 
     def log_samples(self, batch: list[Prompt], groups: list[Responses]) -> float | None:
-        """Write the responses of the step's first prompt. Returns the share of right responses, where answers are known."""
+        """Write the responses of the step's first prompt. Returns the share of right ones, where answers are known."""
         texts = [
-            [self.tokenizer.decode(row[mask], skip_special_tokens=True) for row, mask in zip(g.tokens, g.mask, strict=True)]
+            [
+                self.tokenizer.decode(row[mask], skip_special_tokens=True)
+                for row, mask in zip(g.tokens, g.mask, strict=True)
+            ]
             for g in groups
         ]
         first = batch[0].triplet

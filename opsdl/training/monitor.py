@@ -30,7 +30,10 @@ class Clock:
 
 @contextlib.contextmanager
 def interrupt_after_step() -> Iterator[list[bool]]:
-    """Ctrl-C and SIGTERM let the running step finish; a second one stops at once. Yields a list, not empty after the first."""
+    """Ctrl-C and SIGTERM let the running step finish; a second one stops at once.
+
+    Yields a list, empty until the first of them.
+    """
     seen: list[bool] = []
 
     def handle(number, frame):

@@ -1,4 +1,4 @@
-"""The stream of training prompts: prompt i is the same whatever came before it, so a resumed run sees what it would have."""
+"""The stream of training prompts: prompt i is the same whatever came before it, so a resumed run misses nothing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Prompts:
     def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, limit: int | None, device: torch.device):
         self.config, self.tokenizer, self.limit, self.device = config, tokenizer, limit, device
         path = config.data.triplets
-        self.file = [self._encode(t, f"triplets {path}, item {i}") for i, t in enumerate(read_triplets(path), 1)] if path else []
+        self.file = [self._encode(triplet, place) for place, triplet in read_triplets(path)] if path else []
 
     def __getitem__(self, index: int) -> Prompt:
         if self.file:

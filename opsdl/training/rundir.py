@@ -16,7 +16,7 @@ from opsdl.training.config import RunConfig, to_yaml
 
 
 class RunDir:
-    """Opens a new run directory, or with resume=auto an existing one.
+    """A new run directory, not made before `create`, or with resume=auto an existing one.
 
     Raises UserError when the directory already holds a run and resume is "never", or when the run in it was started
     with another config: it names the first key that differs.
@@ -24,15 +24,20 @@ class RunDir:
 
     def __init__(self, config: RunConfig):
         self.path = Path(config.run_dir)
-        config_file = self.path / "config.yaml"
-        # Whether a run resumes, and when it stops to save, does not change what it computes.
-        resolved = to_yaml(replace(config, resume="never"))
-        if config_file.exists():
+        self.config_file = self.path / "config.yaml"
+        self.resolved = to_yaml(replace(config, resume="never"))  # resuming does not change what a run computes
+        if self.config_file.exists():
             if config.resume == "never":
                 raise UserError(f"run_dir {self.path}: holds a run already; expected resume=auto or another run_dir")
-            _compare(OmegaConf.load(config_file), OmegaConf.create(resolved), self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_whole(config_file, resolved)
+            _compare(OmegaConf.load(self.config_file), OmegaConf.create(self.resolved), self.path)
+
+    def create(self) -> None:
+        """Make the directory, with the resolved config in it. Raises UserError where that cannot be done."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.config_file, self.resolved)
+        except OSError as error:
+            raise UserError(f"run_dir {self.path}: cannot be made: {error.strerror}") from None
 
     @property
     def checkpoint(self) -> Path | None:

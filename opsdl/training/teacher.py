@@ -24,9 +24,9 @@ class Teacher:
             _cast_linear_weights(self.model, getattr(torch, config.model.compute_dtype))
 
     @property
-    def head(self) -> torch.Tensor | None:
-        """The head's weight [V, H], or None when it is the student's: the loss then takes the exact shared-head gap."""
-        return None if self.config.kind == "live" else self.model.get_output_embeddings().weight
+    def head(self) -> torch.nn.Module | None:
+        """The head, or None when it is the student's own: the loss then takes the exact shared-head gap."""
+        return None if self.config.kind == "live" else self.model.get_output_embeddings()
 
     @torch.no_grad()
     def update(self) -> None:
