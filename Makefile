@@ -34,9 +34,10 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 	@$(PIP) show --quiet triton 2>/dev/null || $(PIP) install --quiet "$(TRITON)"
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	@echo "setup: installing opsdl and what it needs"
-	@$(PIP) install --quiet -c constraints.txt -e ".[train,triton,test,dev]"
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)
+	@echo "setup: installing opsdl and what it needs, compiling csrc/"
+	@$(PIP) install --quiet -c constraints.txt setuptools ninja
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[train,triton,test,dev]"
 	@touch $@
 
 $(MODEL): | $(VENV)/.created
@@ -64,5 +65,5 @@ lint: setup ## check style
 	$(BIN)/ruff check .
 
 clean: ## remove .venv, caches and build outputs; the model and runs/ stay
-	rm -rf $(VENV) $(DOWNLOAD) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find opsdl tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(DOWNLOAD) build dist *.egg-info opsdl/_cpu*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find opsdl kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

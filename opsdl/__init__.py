@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opsdl import losses, prefix
-    from opsdl.losses import FusedReverseKL, fused_log_prob, fused_policy_reverse_kl, fused_reverse_kl, reference
+    from opsdl.losses import (
+        FusedLogProb,
+        FusedPolicyReverseKL,
+        FusedReverseKL,
+        fused_log_prob,
+        fused_policy_reverse_kl,
+        fused_reverse_kl,
+        reference,
+    )
     from opsdl.prefix import PrefixCache, Responses, generate, prefill, response_hidden
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedLogProb",
+    "FusedPolicyReverseKL",
     "FusedReverseKL",
     "PrefixCache",
     "Responses",
@@ -30,7 +40,14 @@ __all__ = [
 ]
 
 _MODULES = {"losses": "opsdl.losses", "prefix": "opsdl.prefix", "reference": "opsdl.losses.reference"}
-_IN_LOSSES = ("FusedReverseKL", "fused_log_prob", "fused_policy_reverse_kl", "fused_reverse_kl")
+_IN_LOSSES = (
+    "FusedLogProb",
+    "FusedPolicyReverseKL",
+    "FusedReverseKL",
+    "fused_log_prob",
+    "fused_policy_reverse_kl",
+    "fused_reverse_kl",
+)
 
 
 def __getattr__(name: str) -> Any:

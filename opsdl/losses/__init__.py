@@ -1,11 +1,18 @@
-"""Losses on hidden states and the head. Read in this order: reference, terms, chunked, shards, functional."""
+"""Losses on hidden states and the head.
 
-from opsdl.losses.functional import (
-    FusedReverseKL,
-    available_backends,
-    fused_log_prob,
-    fused_policy_reverse_kl,
-    fused_reverse_kl,
-)
+Read in this order: reference, moments, kinds, problem, driver, torch_engine, cpu_engine, operators, functional.
+"""
 
-__all__ = ["FusedReverseKL", "available_backends", "fused_log_prob", "fused_policy_reverse_kl", "fused_reverse_kl"]
+from opsdl.losses.backends import available_backends
+from opsdl.losses.functional import fused_log_prob, fused_policy_reverse_kl, fused_reverse_kl
+from opsdl.losses.modules import FusedLogProb, FusedPolicyReverseKL, FusedReverseKL
+
+__all__ = [
+    "FusedLogProb",
+    "FusedPolicyReverseKL",
+    "FusedReverseKL",
+    "available_backends",
+    "fused_log_prob",
+    "fused_policy_reverse_kl",
+    "fused_reverse_kl",
+]

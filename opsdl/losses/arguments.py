@@ -2,22 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class Head(NamedTuple):
-    """The map from hidden states to logits: softcap(hidden weight^T + bias) / temperature."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    temperature: float
-    softcap: float | None
-
-    def detached(self) -> Head:
-        return self._replace(weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -34,20 +20,35 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
         raise ValueError(f"{name}_bias: {tuple(bias.shape)}; expected {tuple(weight.shape[:1])}")
 
 
-def check_pair(student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> None:
+def check_pair(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    vocab_size: int | None,
+) -> None:
     """Raises ValueError unless the teacher scores the same tokens over the same vocabulary."""
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"teacher_hidden: {tuple(teacher_hidden.shape)}; expected {tuple(student_hidden.shape[:-1])} tokens, as in"
             " student_hidden"
         )
-    if teacher_weight.shape[0] != student_weight.shape[0]:
+    if teacher_weight.shape[0] != student_weight.shape[0] and vocab_size is None:
         raise ValueError(
             f"teacher_weight: vocabulary of {teacher_weight.shape[0]}; expected {student_weight.shape[0]}, that of"
-            " student_weight"
+            " student_weight, or vocab_size"
         )
     if teacher_hidden.device != student_hidden.device:
         raise ValueError(f"teacher_hidden: on {teacher_hidden.device}; expected {student_hidden.device}")
+
+
+def check_vocab_size(vocab_size: int | None, weight: Tensor, name: str, vocab_group: object | None) -> None:
+    if vocab_size is None:
+        return
+    if vocab_group is not None:
+        raise ValueError("vocab_size: given with vocab_group; expected heads sharded without their padding")
+    if not 0 < vocab_size <= weight.shape[0]:
+        raise ValueError(f"vocab_size: {vocab_size}; expected 1 to {weight.shape[0]}, the rows of {name}")
 
 
 def check_scalars(temperature: float, softcap: float | None) -> None:
@@ -57,11 +58,33 @@ def check_scalars(temperature: float, softcap: float | None) -> None:
         raise ValueError(f"softcap: {softcap}; expected None or a positive number")
 
 
-def check_tokens(tokens: Tensor, leading: torch.Size, vocabulary: int) -> None:
+def check_tokens(tokens: Tensor, leading: torch.Size) -> None:
     if tokens.shape != leading or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: {tokens.dtype} {tuple(tokens.shape)}; expected int64 {tuple(leading)}")
-    if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < vocabulary):
-        raise ValueError(f"tokens: from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {vocabulary - 1}")
+
+
+def check_token_values(tokens_N: Tensor, vocabulary: int) -> None:
+    """Reads the tokens, so it stands where the loss is computed, not where it is traced."""
+    if tokens_N.numel() and not (0 <= int(tokens_N.min()) and int(tokens_N.max()) < vocabulary):
+        raise ValueError(f"tokens: from {int(tokens_N.min())} to {int(tokens_N.max())}; expected 0 to {vocabulary - 1}")
+
+
+def check_divergence(beta: float, clip: float | None) -> None:
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: {beta}; expected 0 (forward KL) to 1 (reverse KL)")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: {clip}; expected None or a positive number of nats")
+
+
+def skip_limit(value: float | str | None, dtype: torch.dtype) -> float:
+    """Relative error allowed in the gradient for the logits."""
+    if value == "auto":
+        return torch.finfo(dtype).eps / 4
+    if value is None:
+        return 0.0
+    if isinstance(value, str) or not 0 <= value < 1:
+        raise ValueError(f"skip_tolerance: {value!r}; expected None, 'auto' or a number in [0, 1)")
+    return float(value)
 
 
 def token_scale(

@@ -9,6 +9,8 @@ Works in any floating dtype; in float64 it is the truth the other backends are m
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,20 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return (log_p.exp() * gap).sum(-1)
 
 
+def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q: [..., V] x 2 -> [...].
+
+    beta 1 is the reverse KL(p || q), beta 0 the forward KL(q || p), of student p and teacher q.
+    """
+    if beta == 1:
+        return reverse_kl(student_logits, teacher_logits)
+    log_p, log_q = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    if beta == 0:
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+    return (beta * log_q.exp() * (log_q - log_m) + (1 - beta) * log_p.exp() * (log_p - log_m)).sum(-1)
+
+
 def policy_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, baseline: str | None = None
 ) -> Tensor:
@@ -49,6 +65,27 @@ def policy_reverse_kl(
 def log_prob(student_logits: Tensor, tokens: Tensor) -> Tensor:
     """log p(token): [..., V], [...] -> [...]."""
     return student_logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+
+
+@torch.no_grad()
+def statistics(z: Tensor, z_teacher: Tensor | None, tokens: Tensor | None) -> dict[str, Tensor]:
+    """Per-token kl, student_lse, teacher_lse, entropy and gap at the tokens; those that need no teacher without one."""
+    log_p = z.log_softmax(-1)
+    stats = {
+        "student_lse": z.logsumexp(-1),
+        "entropy": -torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1),
+    }
+    if z_teacher is None:
+        return stats
+    stats = {
+        "kl": reverse_kl(z, z_teacher),
+        "student_lse": stats["student_lse"],
+        "teacher_lse": z_teacher.logsumexp(-1),
+        **stats,
+    }
+    if tokens is not None:
+        stats["gap"] = (z - z_teacher).gather(-1, tokens[..., None])[..., 0]
+    return stats
 
 
 def reduce(per_token: Tensor, mask: Tensor | None, token_weights: Tensor | None, reduction: str) -> Tensor:

@@ -38,22 +38,10 @@ class Shards:
             dist.all_reduce(x, group=self.group)
         return x
 
-    def logsumexp(self, x_nV: Tensor) -> Tensor:
-        """logsumexp over the whole vocabulary, [n, 1]."""
-        lse_n1 = x_nV.logsumexp(-1, keepdim=True)
+    def gather(self, part_fn: Tensor) -> Tensor:
+        """[f, n] of every rank, side by side: [f, ranks, n]."""
         if self.group is None:
-            return lse_n1
-        largest = lse_n1.clone()
-        dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
-        return largest + self.sum((lse_n1 - largest).exp_()).log_()
-
-    def pick(self, x_nV: Tensor, tokens_n: Tensor) -> Tensor:
-        """x[i, tokens[i]], from whichever rank has it: [n]."""
-        local, here = self.locate(tokens_n)
-        return self.sum(torch.where(here, x_nV.gather(1, local[:, None])[:, 0], 0.0))
-
-    def locate(self, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
-        """Column of each token on this rank, and whether it is here at all (column 0 where it is not)."""
-        local = tokens_n - self.start
-        here = (local >= 0) & (local < self.rows)
-        return local.where(here, 0), here
+            return part_fn[:, None]
+        parts = [torch.empty_like(part_fn) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(parts, part_fn.contiguous(), self.group)
+        return torch.stack(parts, dim=1)

@@ -1,0 +1,123 @@
+"""The losses on the CPU: a block of tokens goes through the two operators of csrc/cpu/linear_loss.cpp.
+
+Between them lie two numbers for every logit of the block, of 2 bytes with bf16 products and 4 with float32; the block is as
+large as 1 KiB for every vocabulary entry and 36 MiB allow, because every block reads and writes the whole of dWeight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opsdl.losses import moments
+from opsdl.losses.kinds import Factors
+from opsdl.losses.problem import Problem
+
+PANEL, TILE_ROWS = 64, 128  # of csrc/cpu/{gemm,tile}.h
+GAP_SCALE, SQUARE0, SQUARE1, SQUARE2 = range(7, 11)  # fields after those of moments.py
+
+
+class CpuEngine:
+    panel = PANEL
+
+    def __init__(self, problem: Problem, wanted: tuple[bool, bool, bool], count: int):
+        self.problem, self.wanted, self.ops = problem, wanted, torch.ops.opsdl
+        hidden, second = problem.hidden_NH, problem.second
+        sizes = [x.shape[1] for x in (hidden, *(() if second is None else (second.hidden_NK,)))]
+        bf16 = hidden.dtype == torch.bfloat16 and self.ops.cpu_has_bf16() and all(size % 2 == 0 for size in sizes)
+        self.operand = torch.bfloat16 if bf16 else torch.float32
+        self.rows, size = problem.head.weight.shape
+        self.tiles = -(-self.rows // TILE_ROWS)
+        self.stored = torch.float16 if bf16 else torch.float32
+        largest = problem.shards.largest
+        budget = 1024 * largest + (36 << 20)
+        token_bytes = 2 * self.stored.itemsize * largest + 4 * size * torch.get_num_threads()
+        self.block = max(PANEL, budget // token_bytes // PANEL * PANEL)
+        self.only_block = count <= self.block
+        self._allocate(count)
+
+    def _allocate(self, count: int) -> None:
+        problem, (want_hidden, want_weight, want_bias) = self.problem, self.wanted
+        weight_VH = problem.head.weight
+        columns = -(-min(self.block, count) // PANEL) * PANEL
+        length = [self.tiles * TILE_ROWS * columns if any(self.wanted) else 0]
+        self.stored_e, self.stored_gap = (self.ops.empty_huge(length, self.stored) for _ in range(2))
+        hidden_dtype = problem.hidden_NH.dtype if problem.shards.group is None else torch.float32
+        self.grad_hidden = torch.zeros_like(problem.hidden_NH, dtype=hidden_dtype) if want_hidden else None
+        self.grad_weight = None
+        if want_weight:
+            direct = self.only_block and weight_VH.dtype == self.operand == torch.bfloat16
+            dtype = torch.bfloat16 if direct else torch.float32
+            self.grad_weight = self.ops.empty_huge([self.rows + problem.padding, weight_VH.shape[1]], dtype)
+            self.grad_weight[self.rows if count else 0 :] = 0
+        self.grad_bias = torch.zeros(self.rows + problem.padding) if want_bias else None
+        self.accumulate_weight = False
+
+    def moments(self, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one block: moments [7, K, n], and (logit, gap, slope) at the sampled tokens [3, n]."""
+        problem, head = self.problem, self.problem.head
+        self.tokens_n, self.hidden_nH = tokens_n, problem.hidden_NH[tokens_n].to(self.operand)
+        self.token_n = problem.local_tokens(tokens_n)
+        bias = None if head.bias is None else head.bias.float()
+        keep = any(self.wanted)
+        self.parts_fkn, self.picked_3n = self.ops.block_moments(
+            self.hidden_nH, head.weight, bias, *self._second(tokens_n), self.token_n, head.temperature,
+            head.softcap or 0.0, self.stored_e if keep else None, self.stored_gap if keep and problem.second else None,
+        )  # fmt: skip
+        return self.parts_fkn[:7], self.picked_3n.clone()
+
+    def _second(self, tokens_n: Tensor) -> tuple[Tensor | None, ...]:
+        """hidden, low part, weight, bias and difference flags of the second product."""
+        if self.problem.second is None:
+            return (None,) * 5
+        second = self.problem.second.rows(tokens_n)
+        hidden_nK, low_nK = second.hidden_NK, second.low_NK
+        if self.operand == torch.float32 and low_nK is not None:
+            hidden_nK, low_nK = hidden_nK.float() + low_nK.float(), None
+        bias = None if second.bias_V is None else second.bias_V.float()
+        return hidden_nK.to(self.operand), low_nK, second.weight_VK, bias, second.difference_N.float()
+
+    def prepare(self, stats: dict[str, Tensor], factors: Factors) -> None:
+        """Factors of the stored numbers, for each tile and token."""
+        tops, gaps = self.parts_fkn[moments.MAX], self.parts_fkn[moments.GAP]
+        base_kn = torch.where(tops > -torch.inf, (tops - stats["student_lse"]).exp(), 0.0)
+        base_kn /= self.problem.head.temperature
+        self.on_gap_kn = base_kn * factors.on_gap
+        self.on_e_kn = self.on_gap_kn * (gaps - stats["mean_gap"]) + base_kn * factors.on_prob
+        self.on_token_n = factors.on_token * self.picked_3n[2]
+        self.stats = stats
+
+    def energy(self) -> Tensor:
+        """Squared norm of each token's gradient for the raw logits, [n], from the moments."""
+        square0, square1, square2 = self.parts_fkn[SQUARE0:]
+        energy_n = (self.on_gap_kn.square() * square2 + 2 * self.on_gap_kn * self.on_e_kn * square1).sum(0)
+        energy_n += (self.on_e_kn.square() * square0).sum(0)
+        if self.token_n is not None and self.on_token_n.any():
+            # (x_y + t)^2 - x_y^2 at the sampled token y, where x = -t p
+            p_n = (self.picked_3n[0] - self.stats["student_lse"]).exp()
+            energy_n += self.on_token_n.square() * (1 - 2 * p_n)
+        return energy_n
+
+    def accumulate(self, kept_n: Tensor | None) -> None:
+        hidden_nH, tokens_n = self.hidden_nH, self.tokens_n
+        if kept_n is not None:
+            hidden_nH, tokens_n = hidden_nH[kept_n], tokens_n[kept_n]
+        grad_nH = torch.empty(hidden_nH.shape) if self.wanted[0] else None
+        with_gap = self.problem.second is not None
+        self.ops.block_gradient(
+            hidden_nH.contiguous(), self.problem.head.weight, self.stored_e, self.stored_gap if with_gap else None,
+            _padded(self.on_e_kn), _padded(self.on_gap_kn * self.parts_fkn[GAP_SCALE]) if with_gap else None,
+            self.token_n, None if self.token_n is None else self.on_token_n, kept_n, grad_nH, self.grad_weight,
+            self.grad_bias, self.accumulate_weight,
+        )  # fmt: skip
+        self.accumulate_weight = True
+        if grad_nH is not None:
+            self.grad_hidden[tokens_n] = grad_nH.to(self.grad_hidden.dtype)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.grad_hidden, self.grad_weight, self.grad_bias
+
+
+def _padded(x_kn: Tensor) -> Tensor:
+    """With zeros up to a whole number of panels."""
+    return torch.nn.functional.pad(x_kn, (0, -x_kn.shape[1] % PANEL)).contiguous()

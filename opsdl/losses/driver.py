@@ -1,0 +1,95 @@
+"""The order of work: a block of tokens at a time, moments first, then what depends on the whole vocabulary, then gradients.
+
+The gradient is taken in the same pass as the value: once a block's logits are there, dHidden and dWeight cost two more
+matrix products (four in all), instead of recomputing the logits in a backward (six).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opsdl.losses import kinds, moments
+from opsdl.losses.cpu_engine import CpuEngine
+from opsdl.losses.problem import Problem
+from opsdl.losses.torch_engine import TorchEngine
+
+
+Engine = TorchEngine | CpuEngine
+ENGINES = {"torch": TorchEngine, "cpu": CpuEngine}
+
+
+class Result(NamedTuple):
+    values_N: Tensor
+    stats_SN: Tensor  # rows as in kinds.names
+    grad_hidden: Tensor | None  # [N, H]
+    grad_weight: Tensor | None  # [V, H]
+    grad_bias: Tensor | None  # [V]
+
+
+def run(problem: Problem, scale_N: Tensor, wanted: tuple[bool, bool, bool], backend: str) -> Result:
+    """Values of all tokens, and the wanted gradients of sum(values * scale) for hidden, weight and bias.
+
+    Tokens of scale 0 (masked) are left out of every product, so they may hold anything; their values are 0.
+    """
+    active_n = scale_N.nonzero().squeeze(1)
+    engine = ENGINES[backend](problem, wanted, len(active_n))
+    names = kinds.names(problem.kind, problem.tokens_N is not None, problem.skip_tolerance > 0)
+    values_N, stats_SN = torch.zeros_like(scale_N), scale_N.new_zeros(len(names), len(scale_N))
+    for tokens_n in _blocks(active_n, engine):
+        parts_7Kn, picked_3n = engine.moments(tokens_n)
+        whole_7n = moments.merge(problem.shards.gather(moments.merge(parts_7Kn)))
+        stats = moments.statistics(whole_7n)
+        value_n, factors = kinds.finish(problem.kind, problem.clip, stats, problem.shards.sum(picked_3n))
+        if problem.beta != 1:
+            value_n = engine.mix(problem.beta, stats)
+        if any(wanted):
+            engine.prepare(stats, factors.scaled(scale_N[tokens_n]))
+            kept_n = None
+            if problem.skip_tolerance > 0:
+                kept_n = _keep(problem.shards.sum(engine.energy()), problem.skip_tolerance)
+                stats["skipped"] = (~kept_n).to(value_n.dtype)
+            engine.accumulate(kept_n)
+        values_N[tokens_n] = value_n
+        for row, name in enumerate(names):
+            if name in stats:
+                stats_SN[row, tokens_n] = stats[name]
+    grad_hidden, grad_weight, grad_bias = engine.gradients()
+    if wanted[0]:
+        grad_hidden = problem.shards.sum(grad_hidden).to(problem.hidden_NH.dtype)
+    if wanted[1]:
+        grad_weight = _narrow(grad_weight, problem.head.weight.dtype)
+    if wanted[2]:
+        grad_bias = grad_bias.to(problem.head.bias.dtype)
+    return Result(values_N, stats_SN, grad_hidden, grad_weight, grad_bias)
+
+
+def _blocks(tokens_n: Tensor, engine: Engine) -> tuple[Tensor, ...]:
+    """Blocks of nearly equal size, none larger than the engine's, in whole panels of its own."""
+    if not len(tokens_n):
+        return ()
+    count = -(-len(tokens_n) // engine.block)
+    return tokens_n.split(-(-len(tokens_n) // (count * engine.panel)) * engine.panel)
+
+
+def _narrow(wide_VH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to `dtype`, into the front of the same memory where that is half as wide: a head's gradient is large."""
+    if dtype.itemsize * 2 != wide_VH.dtype.itemsize:
+        return wide_VH.to(dtype)
+    wide = wide_VH.view(-1)
+    narrow = wide.view(dtype)[: len(wide)]
+    narrow[:1] = wide[:1].clone()
+    start = 1
+    while start < len(wide):  # numbers start to 2 start move into memory that ends where they begin
+        narrow[start : 2 * start] = wide[start : 2 * start]
+        start *= 2
+    return narrow.view(wide_VH.shape)
+
+
+def _keep(energy_n: Tensor, tolerance: float) -> Tensor:
+    """[n] bool: False for the tokens that together hold no more than tolerance^2 of the gradient's squared norm."""
+    ordered, order = energy_n.sort()
+    skip = ordered.cumsum(0) <= tolerance**2 * energy_n.sum()
+    return torch.empty_like(skip).scatter_(0, order, ~skip)
