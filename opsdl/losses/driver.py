@@ -15,10 +15,11 @@ from opsdl.losses import kinds, moments
 from opsdl.losses.cpu_engine import CpuEngine
 from opsdl.losses.problem import Problem
 from opsdl.losses.torch_engine import TorchEngine
+from opsdl.losses.triton_engine import TritonEngine
 
 
-Engine = TorchEngine | CpuEngine
-ENGINES = {"torch": TorchEngine, "cpu": CpuEngine}
+Engine = TorchEngine | CpuEngine | TritonEngine
+ENGINES = {"torch": TorchEngine, "cpu": CpuEngine, "triton": TritonEngine}
 
 
 class Result(NamedTuple):

@@ -1,0 +1,75 @@
+"""The losses on a GPU: the two passes of kernels/, all tokens in one block; no logits are stored between them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opsdl.losses.kinds import Factors
+from opsdl.losses.problem import Problem
+
+
+class TritonEngine:
+    panel = 1
+
+    def __init__(self, problem: Problem, wanted: tuple[bool, bool, bool], count: int):
+        self.problem, self.wanted = problem, wanted
+        self.block = max(1, count)
+        rows, size = problem.head.weight.shape
+        device, padded = problem.hidden_NH.device, rows + problem.padding
+        self.grad_hidden = torch.zeros_like(problem.hidden_NH) if wanted[0] else None
+        self.grad_weight = torch.zeros(padded, size, device=device) if wanted[1] else None
+        self.grad_bias = torch.zeros(padded, device=device) if wanted[2] else None
+
+    def moments(self, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all tokens: moments [7, S, n], and (logit, gap, slope) at the sampled tokens [3, n]."""
+        from opsdl.kernels.forward import linear_moments  # imports triton
+
+        problem, head = self.problem, self.problem.head
+        self.tokens_n = tokens_n
+        operand = problem.hidden_NH.dtype
+        weight_VH = head.weight.to(operand).contiguous()
+        second = (None,) * 5
+        if problem.second is not None:
+            rows = problem.second.rows(tokens_n)
+            same = rows.weight_VK is head.weight
+            gap_weight_VK = weight_VH if same else rows.weight_VK.to(operand).contiguous()
+            second = (rows.hidden_NK, rows.low_NK, gap_weight_VK, rows.bias_V, rows.difference_N)
+        token_n = problem.local_tokens(tokens_n)
+        hidden_nH = problem.hidden_NH[tokens_n]
+        self.inputs = (hidden_nH, weight_VH, head.bias, *second, token_n, head.temperature, head.softcap)
+        return linear_moments(*self.inputs)
+
+    def prepare(self, stats: dict[str, Tensor], factors: Factors) -> None:
+        self.stats, self.factors = stats, factors
+
+    def energy(self) -> Tensor:
+        """An estimate of the squared norm of each token's gradient, [n], without another pass.
+
+        sum (p c)^2 <= sum p c^2, which is close to 2 KL where the two models are close.
+        """
+        a_n, b_n, t_n = self.factors
+        return a_n.square() * 2 * self.stats.get("kl", torch.zeros_like(a_n)) + b_n.square() + t_n.square()
+
+    def accumulate(self, kept_n: Tensor | None) -> None:
+        from opsdl.kernels.backward import linear_gradient
+
+        hidden_nH, weight_VH, bias, gap_hidden, gap_low, gap_weight, gap_bias, difference, token_n, *scalars = self.inputs
+        factors_5n = (self.stats["student_lse"], self.stats["mean_gap"], *self.factors)
+        by_token = (hidden_nH, gap_hidden, gap_low, difference, token_n, self.tokens_n, *factors_5n)
+        if kept_n is not None:
+            by_token = tuple(None if x is None else x[kept_n] for x in by_token)
+        hidden_nH, gap_hidden, gap_low, difference, token_n, tokens_n, *factors_5n = (
+            None if x is None else x.contiguous() for x in by_token
+        )
+        rows = len(weight_VH)
+        grad_nH = torch.empty_like(hidden_nH) if self.wanted[0] else None
+        linear_gradient(
+            hidden_nH, weight_VH, bias, gap_hidden, gap_low, gap_weight, gap_bias, difference, token_n, *scalars, factors_5n,
+            grad_nH, self.grad_weight[:rows] if self.wanted[1] else None, self.grad_bias[:rows] if self.wanted[2] else None,
+        )  # fmt: skip
+        if grad_nH is not None:
+            self.grad_hidden[tokens_n] = grad_nH
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.grad_hidden, self.grad_weight, self.grad_bias

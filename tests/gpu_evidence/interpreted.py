@@ -1,0 +1,48 @@
+"""The kernels in Triton's interpreter, against float64. Run by test_interpreter.py in a process of its own."""
+
+from tools import bf16_interpreter
+
+bf16_interpreter.install()  # before triton is imported
+
+import problems  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import opsdl  # noqa: E402
+
+SHAPES = [(1, 8, 5), (65, 70, 257), (70, 33, 300)]
+
+
+@pytest.mark.parametrize("variant", problems.VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_against_float64(dtype, variant, monkeypatch):
+    monkeypatch.setattr("opsdl.kernels.configs.PROGRAMS", 2)  # so that a program merges several tiles
+    for seed, shape in enumerate(SHAPES):
+        if problems.VARIANTS[variant].get("padding", 0) >= shape[2]:
+            continue
+        inputs = problems.make(dtype, *shape, seed=seed, **problems.VARIANTS[variant])
+        problems.check(inputs, problems.solve(inputs))
+
+
+def test_chunks_that_do_not_fit_the_workspace(monkeypatch):
+    monkeypatch.setattr("opsdl.kernels.configs.WORKSPACE_BYTES", 64 * 4 * 70)
+    inputs = problems.make(torch.float32, 150, 70, 300, seed=5, tokens=True)
+    problems.check(inputs, problems.solve(inputs))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_through_the_public_loss(reduction):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(9, 40, generator=generator), torch.randn(130, 40, generator=generator)
+    teacher = hidden + 0.2 * torch.randn(9, 40, generator=generator)
+    mask = torch.arange(9) % 3 > 0
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
+        loss, stats = opsdl.fused_reverse_kl(
+            h, w, teacher.to(dtype), mask=mask, reduction=reduction, vocab_size=120, backend=backend, return_stats=True
+        )
+        loss.sum().backward()
+        results.append([loss.detach(), h.grad, w.grad, *stats.values()])
+    for got, expected in zip(*results, strict=True):
+        assert torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,136 @@
+"""Small random inputs for the kernels, and the answers in float64."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsdl.losses import moments, problem
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one head": {},
+    "one head, close": {"noise": 3e-3},
+    "one head, bias and cap": {"bias": True, "softcap": 6.0, "temperature": 0.7},
+    "two heads": {"teacher_size": 40},
+    "two heads, padding and tokens": {"teacher_size": 24, "bias": True, "padding": 20, "tokens": True},
+    "no teacher": {"teacher_size": None, "tokens": True},
+}
+
+
+def make(dtype, tokens_count, size, vocabulary, *, seed, noise=0.3, teacher_size=0, bias=False, padding=0, tokens=False,
+         softcap=None, temperature=1.0) -> dict[str, Any]:  # fmt: skip
+    """Arguments of `linear_moments`; teacher_size 0 is the student's own head, None no teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    hidden = draw(tokens_count, size).to(dtype)
+    weight = (draw(vocabulary, size) * 2.5 / size**0.5).to(dtype)
+    student_bias = draw(vocabulary) if bias else None
+    if padding:
+        student_bias[-padding:] = -torch.inf
+    head = problem.Head(weight, student_bias, temperature, softcap)
+    second = None
+    if teacher_size == 0:
+        teacher = (hidden.float() + noise * draw(tokens_count, size)).to(dtype)
+        second = problem.shared_head(hidden, teacher, head)
+    elif teacher_size is not None:
+        own = (draw(vocabulary, teacher_size) * 2.5 / teacher_size**0.5).to(dtype)
+        teacher_head = problem.Head(own, draw(vocabulary) if bias else None, temperature, softcap)
+        second = problem.own_head(draw(tokens_count, teacher_size).to(dtype), teacher_head)
+    names = ("gap_hidden_NK", "gap_low_NK", "gap_weight_VK", "gap_bias_V", "difference_N")
+    return {
+        "hidden_NH": hidden,
+        "weight_VH": weight,
+        "bias_V": student_bias,
+        **dict(zip(names, second or (None,) * 5, strict=True)),
+        "tokens_N": torch.randint(vocabulary - padding, (tokens_count,), generator=generator) if tokens else None,
+        "temperature": temperature,
+        "softcap": softcap,
+    }
+
+
+def logits_and_gap(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, gap, dz / draw) by the formulas, from the very same inputs."""
+    to = lambda x: None if x is None else x.to(dtype)  # noqa: E731
+    cap, temperature = inputs["softcap"], inputs["temperature"]
+
+    def logits(raw):
+        return (raw if cap is None else cap * torch.tanh(raw / cap)) / temperature
+
+    raw = to(inputs["hidden_NH"]) @ to(inputs["weight_VH"]).T
+    slope = torch.ones_like(raw) / temperature
+    if inputs["bias_V"] is not None:
+        raw = raw + to(inputs["bias_V"])
+    z = logits(raw)
+    if cap is not None:
+        slope = (1 - torch.tanh(raw / cap) ** 2) / temperature
+    if inputs["gap_hidden_NK"] is None:
+        return z, torch.zeros_like(z), slope
+    low = inputs["gap_low_NK"]
+    second = (to(inputs["gap_hidden_NK"]) + (0 if low is None else to(low))) @ to(inputs["gap_weight_VK"]).T
+    bias = 0 if inputs["gap_bias_V"] is None else to(inputs["gap_bias_V"])
+    teacher = torch.where(inputs["difference_N"][:, None], raw - second, second + bias)
+    return z, torch.where(z > -torch.inf, z - logits(teacher), 0.0), slope
+
+
+def solve(inputs: dict[str, Any], package: str = "opsdl.kernels") -> dict[str, Tensor]:
+    """Statistics and gradients from the kernels, wherever they run; dLoss/dLogit factors are random but fixed."""
+    forward, backward = (importlib.import_module(f"{package}.{name}") for name in ("forward", "backward"))
+    moments_7SN, picked_3N = forward.linear_moments(**inputs)
+    stats = moments.statistics(moments.merge(moments_7SN))
+    hidden, weight = inputs["hidden_NH"], inputs["weight_VH"]
+    grads = torch.empty_like(hidden), torch.empty(weight.shape), torch.empty(len(weight))
+    backward.linear_gradient(**inputs, factors_5N=(stats["student_lse"], stats["mean_gap"], *factors(inputs)),
+                    grad_hidden_NH=grads[0], grad_weight_VH=grads[1], grad_bias_V=grads[2])  # fmt: skip
+    picked = {} if inputs["tokens_N"] is None else {"picked": picked_3N}
+    return {**stats, **picked, "hidden": grads[0], "weight": grads[1], "bias": grads[2]}
+
+
+def expect(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """What `solve` should give, in float64."""
+    z, gap, slope = logits_and_gap(inputs)
+    stats = moments.statistics(moments.merge(moments.measure(z, gap)[:, None]))
+    p = (z - stats["student_lse"][:, None]).exp()
+    on_gap, on_prob, on_token = (x.double()[:, None] for x in factors(inputs))
+    grad = p * (on_gap * (gap - stats["mean_gap"][:, None]) + on_prob)
+    picked = {}
+    if inputs["tokens_N"] is not None:
+        tokens = inputs["tokens_N"][:, None]
+        grad = grad.scatter_add(1, tokens, on_token.expand_as(tokens))
+        picked = {"picked": torch.stack([x.gather(1, tokens)[:, 0] for x in (z, gap, slope)])}
+    grad = torch.where(z > -torch.inf, grad * slope, 0.0)
+    gradients = {"hidden": grad @ inputs["weight_VH"].double(), "weight": grad.T @ inputs["hidden_NH"].double()}
+    return {**stats, **picked, **gradients, "bias": grad.sum(0)}
+
+
+def factors(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(99)
+    on_gap, on_prob, on_token = torch.rand(3, len(inputs["hidden_NH"]), generator=generator) + 0.5
+    if inputs["tokens_N"] is None:
+        on_token = torch.zeros_like(on_token)
+    if inputs["gap_hidden_NK"] is None:
+        on_gap = torch.zeros_like(on_gap)
+    return on_gap, on_prob, on_token
+
+
+def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Relative Frobenius error of each result."""
+    out = {}
+    for name, x in expected.items():
+        size = float(x.norm())
+        out[name] = float((got[name].double() - x).norm()) / size if size else float(got[name].abs().max())
+    return out
+
+
+# float32 sums of products of these sizes; gradients are rounded to the operands' type once in the workspace, and dHidden,
+# the bf16 and fp16 ones, once more.
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+
+
+def check(inputs: dict[str, Any], got: dict[str, Tensor]) -> None:
+    rounding = ROUNDING[inputs["hidden_NH"].dtype]
+    for name, error in errors(got, expect(inputs)).items():
+        limit = {"hidden": 2 * rounding, "weight": 2 * rounding, "bias": 2 * rounding, "kl": 1e-4}.get(name, 1e-5)
+        assert error <= limit, f"{name}: relative error {error:.1e}, limit {limit:.1e}"

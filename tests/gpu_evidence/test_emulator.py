@@ -1,0 +1,39 @@
+"""The PTX that Triton makes of the shipped configurations, executed: right results, no race, nothing out of bounds.
+
+The emulator raises on an access outside a tensor, a shared-memory race between warps, data read before its asynchronous
+copy has landed, and a barrier that some threads miss.
+"""
+
+import launches
+import problems
+import pytest
+import torch
+from opsdl.kernels import configs
+
+
+def emulated(inputs, arch, monkeypatch, **options):
+    monkeypatch.setattr(configs, "capability", lambda device: arch // 10)
+    monkeypatch.setattr(configs, "PROGRAMS", 2)  # so that a program merges several tiles
+    reports = []
+    with launches.substituted(lambda launch: reports.append(launches.emulate(launch, arch, **options))):
+        return problems.solve(inputs), reports
+
+
+@pytest.mark.parametrize(
+    "variant, shape",
+    [("one head", (70, 72, 200)), ("two heads, padding and tokens", (33, 40, 150)), ("one head, close", (20, 136, 140))],
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_bf16(arch, variant, shape, monkeypatch):
+    inputs = problems.make(torch.bfloat16, *shape, seed=arch, **problems.VARIANTS[variant])
+    got, reports = emulated(inputs, arch, monkeypatch)
+    problems.check(inputs, got)
+    tensor_cores = {80: "mma.sync", 90: "wgmma.mma_async"}[arch]
+    assert all(any(tensor_cores in opcode for opcode in report.opcodes) for report in reports)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_fp32(arch, monkeypatch):
+    inputs = problems.make(torch.float32, 40, 36, 100, seed=arch, **problems.VARIANTS["one head, bias and cap"])
+    got, _ = emulated(inputs, arch, monkeypatch)
+    problems.check(inputs, got)
