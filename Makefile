@@ -3,6 +3,7 @@ PYTHON ?= python3
 ARGS ?=
 
 VENV := .venv
+BENCH_VENV := .venv-bench
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TRITON := triton==3.9.0; platform_system == 'Linux'
@@ -14,7 +15,7 @@ MODEL := .cache/smollm2/$(MODEL_FILE)
 DOWNLOAD := .cache/download
 
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-long test test-slow lint clean
+.PHONY: help setup train train-long bench test test-slow lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -55,6 +56,18 @@ train: setup ## train on the short recipe and write its report; goes on where it
 train-long: setup ## the same with contexts of up to 4000 tokens
 	$(BIN)/opsdl train recipes/smollm2-kjv-long.yaml resume=auto $(ARGS)
 
+$(BENCH_VENV)/.installed: bench/requirements-peers.txt constraints.txt pyproject.toml $(VENV)/.installed
+	@echo "bench: making $(BENCH_VENV) with the peers"
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip install --quiet -c constraints.txt torch setuptools ninja
+	@$(BENCH_VENV)/bin/python -m pip show --quiet triton 2>/dev/null || $(BENCH_VENV)/bin/python -m pip install --quiet "$(TRITON)"
+	@PATH="$(CURDIR)/$(BENCH_VENV)/bin:$$PATH" $(BENCH_VENV)/bin/python -m pip install --quiet -c constraints.txt \
+		--no-build-isolation -e ".[train,test]" -r bench/requirements-peers.txt
+	@touch $@
+
+bench: $(BENCH_VENV)/.installed ## compare the losses with their peers, into bench/results; goes on where it stopped
+	$(BENCH_VENV)/bin/python -m bench.compare $(ARGS)
+
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -65,5 +78,5 @@ lint: setup ## check style
 	$(BIN)/ruff check .
 
 clean: ## remove .venv, caches and build outputs; the model and runs/ stay
-	rm -rf $(VENV) $(DOWNLOAD) build dist *.egg-info opsdl/_cpu*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(BENCH_VENV) $(DOWNLOAD) build dist *.egg-info opsdl/_cpu*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find opsdl kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from opsdl.kernels.configs import Tile, chunks, config
 from opsdl.kernels.tile import logits_and_gap, product
+from torch import Tensor
 
 
 @triton.jit

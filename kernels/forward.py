@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from opsdl.kernels.configs import config, splits
 from opsdl.kernels.tile import logits_and_gap, merge, product
+from torch import Tensor
 
 
 @triton.jit
@@ -36,7 +35,19 @@ def moments_kernel(
         column_v = tile * BV + tl.arange(0, BV)
         mask_v = column_v < V
         raw = product(
-            hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, H, hidden_stride, weight_stride, BN, BV, BH, PRECISION
+            hidden_ptr,
+            weight_ptr,
+            row_n,
+            mask_n,
+            column_v,
+            mask_v,
+            H,
+            hidden_stride,
+            weight_stride,
+            BN,
+            BV,
+            BH,
+            PRECISION,
         )
         second = raw
         if HAS_GAP:

@@ -7,26 +7,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from opsdl.losses import fused_log_prob, fused_policy_reverse_kl, fused_reverse_kl
+from opsdl.losses import available_backends, fused_log_prob, fused_policy_reverse_kl, fused_reverse_kl
 
 N, H, V = 13, 10, 101  # V does not divide by the number of ranks
 
 
-def make_inputs():
+def make_inputs(dtype):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
     student = draw(N, H)
     return student, draw(V, H), student + 0.3 * draw(N, H), draw(V, H), draw(V), draw(V), torch.arange(N) * 7
 
 
-def losses(shard, group):
+def losses(shard, group, dtype, backend):
     """Each loss with its gradients for hidden states, head shard and bias shard."""
-    student, weight, teacher, teacher_weight, bias, teacher_bias, tokens = make_inputs()
+    student, weight, teacher, teacher_weight, bias, teacher_bias, tokens = make_inputs(dtype)
     mask = torch.arange(N) % 4 != 1
     out = []
     for name in ("shared", "separate", "capped", "policy", "none", "log_prob"):
         h, w, b = (x.clone().requires_grad_() for x in (student, weight[shard], bias[shard]))
-        options = dict(student_bias=b, mask=mask, vocab_group=group)
+        options = dict(student_bias=b, mask=mask, vocab_group=group, backend=backend)
         pair = (h, w, teacher, teacher_weight[shard])
         if name == "shared":
             value = fused_reverse_kl(h, w, teacher, **options)
@@ -40,13 +40,13 @@ def losses(shard, group):
             value, stats = fused_reverse_kl(*pair, reduction="none", return_stats=True, **options)
             out.extend(stats.values())
         else:
-            value = fused_log_prob(h, w, tokens, bias=b, mask=mask, vocab_group=group)
-        weights = torch.linspace(1, 2, N, dtype=torch.float64) if value.ndim else torch.tensor(1.5, dtype=torch.float64)
+            value = fused_log_prob(h, w, tokens, bias=b, mask=mask, vocab_group=group, backend=backend)
+        weights = torch.linspace(1, 2, N, dtype=dtype) if value.ndim else torch.tensor(1.5, dtype=dtype)
         out.extend([value.detach(), *torch.autograd.grad((value * weights).sum(), (h, w, b))])
     return out
 
 
-def worker(rank, world, folder):
+def worker(rank, world, folder, *backends):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.set_num_threads(1)
     sizes = torch.full((world,), V // world)
@@ -54,10 +54,13 @@ def worker(rank, world, folder):
     end = int(sizes[: rank + 1].sum())
     start = end - int(sizes[rank])
     shard = slice(start, end)
-    for got, expected in zip(losses(shard, dist.group.WORLD), losses(slice(None), None), strict=True):
-        if got.shape != expected.shape:  # of the head or its bias: this rank's rows
-            expected = expected[shard]
-        assert torch.allclose(got, expected, rtol=1e-10, atol=1e-13)
+    for backend in backends:
+        dtype, rtol = (torch.float64, 1e-10) if backend == "torch" else (torch.float32, 1e-5)
+        sharded, whole = losses(shard, dist.group.WORLD, dtype, backend), losses(slice(None), None, dtype, backend)
+        for got, expected in zip(sharded, whole, strict=True):
+            if got.shape != expected.shape:  # of the head or its bias: this rank's rows
+                expected = expected[shard]
+            assert torch.allclose(got, expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
     with open(os.path.join(folder, f"done-{rank}"), "w"):
         pass
     dist.destroy_process_group()
@@ -65,5 +68,7 @@ def worker(rank, world, folder):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_head_equals_one_process(world, tmp_path):
-    multiprocessing.spawn(worker, (world, str(tmp_path)), nprocs=world)
+    """In float64 with backend "torch", and in float32 with "cpu" where it is there."""
+    backends = [name for name in ("torch", "cpu") if available_backends()[name] == "available"]
+    multiprocessing.spawn(worker, (world, str(tmp_path), *backends), nprocs=world)
     assert len(list(tmp_path.glob("done-*"))) == world

@@ -156,17 +156,44 @@ void to_gradient(int64_t rows, const S* e, const S* gap, const float* on_e, cons
 // Vocabulary entries of one step of the gradient: two tiles, so that the product for dHidden is deep enough.
 constexpr int64_t kStep = 2 * kRows;
 
-// Appends the kept columns of a panel to the rows of `out`, whose stride is ld >= kept columns + 16; returns how many.
-int64_t append_kept(int64_t rows, const float* grad, const __mmask16* kept, float* out, int64_t ld) {
-  int64_t at = 0;
+// Copies the kept columns of a panel to consecutive columns of `out`, whose rows have room for a panel more.
+void compress(int64_t rows, const float* grad, const __mmask16* kept, float* out, int64_t ld) {
   for (int64_t v = 0; v < rows; ++v) {
-    at = 0;
+    float* to = out + v * ld;
     for (int64_t c = 0; c < kPanel; c += 16) {
-      store(out + v * ld + at, _mm512_maskz_compress_ps(kept[c / 16], load(grad + v * kPanel + c)));
-      at += __builtin_popcount(kept[c / 16]);
+      store(to, _mm512_maskz_compress_ps(kept[c / 16], load(grad + v * kPanel + c)));
+      to += __builtin_popcount(kept[c / 16]);
     }
   }
-  return at;
+}
+
+// The tokens that a step of the vocabulary works on: all of them, or those that one of its tiles keeps.
+struct Kept {
+  std::vector<int64_t> tokens;
+  std::vector<__mmask16> masks;  // of 16 tokens each
+
+  void select(const bool* keep_kn, int64_t tiles, int64_t N, int64_t P) {
+    tokens.clear();
+    masks.assign(P * kPanel / 16, 0);
+    for (int64_t n = 0; n < N; ++n) {
+      bool keep = !keep_kn;
+      for (int64_t tile = 0; keep_kn && tile < tiles; ++tile) keep |= keep_kn[tile * N + n];
+      if (!keep) continue;
+      tokens.push_back(n);
+      masks[n / 16] |= 1u << n % 16;
+    }
+  }
+};
+
+// Packs the rows of hidden [N, H] of these tokens, and zeros up to C, as the B of dWeight.
+template <class T>
+void pack_rows(const Tensor& hidden_NH, const std::vector<int64_t>& tokens, int64_t C, std::vector<T>& rows, T* out) {
+  const int64_t H = hidden_NH.size(1);
+  rows.assign(C * H, T(0.f));
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    std::memcpy(rows.data() + i * H, hidden_NH.const_data_ptr<T>() + tokens[i] * H, H * sizeof(T));
+  }
+  pack(rows.data(), H, C, H, out);
 }
 
 // What the two products with the gradient [256, C] need: its rows for dWeight, its columns for dHidden.
@@ -206,78 +233,99 @@ void weight_gradient(int64_t rows, int64_t C, const T* grad, const T* hidden, in
   }
 }
 
+// dHidden [C, H] of one step, added to the tokens' rows of the thread's sum [H / 64, N, 64].
+template <class T>
+void hidden_gradient(const std::vector<int64_t>& tokens, int64_t C, int64_t N, int64_t H, const T* grad, const T* weight,
+                     std::vector<float>& part, float* sum) {
+  part.resize(C * kPanel);
+  for (int64_t h = 0; h < panels(H); ++h, weight += kStep * kPanel, sum += N * kPanel) {
+    const bool all = static_cast<int64_t>(tokens.size()) == N;
+    gemm(all ? N : C, kPanel, kStep, grad, kStep, weight, all ? sum : part.data(), kPanel, all);
+    for (size_t i = 0; !all && i < tokens.size(); ++i) {
+      for (int64_t c = 0; c < kPanel; c += 16) {
+        float* to = sum + tokens[i] * kPanel + c;
+        store(to, load(to) + load(part.data() + i * kPanel + c));
+      }
+    }
+  }
+}
+
 template <class T>
 void gradient(const Tensor& hidden_NH, const Tensor& weight_VH, const Tensor& stored_e, const Maybe& stored_gap,
               const Tensor& on_e_kn, const Maybe& on_gap_kn, const Maybe& tokens_n, const Maybe& on_token_n,
-              const Maybe& kept_n, Maybe grad_hidden_NH, Maybe grad_weight_VH, const Maybe& grad_bias_V, bool accumulate) {
+              const Maybe& kept_kn, Maybe grad_hidden_NH, Maybe grad_weight_VH, const Maybe& grad_bias_V, bool accumulate) {
   using S = Stored<T>;
-  const int64_t H = hidden_NH.size(1), V = weight_VH.size(0), tiles = on_e_kn.size(0), P = on_e_kn.size(1) / kPanel;
-  const int64_t N = hidden_NH.size(0), C = panels(N) * kPanel, ld = C + kPanel;  // of the kept tokens
-  std::vector<T> hidden;
-  if (grad_weight_VH) {
-    hidden.resize(panels(H) * C * kPanel);
-    pack(at::constant_pad_nd(hidden_NH, {0, 0, 0, C - N}).contiguous().const_data_ptr<T>(), H, C, H, hidden.data());
-  }
-  std::vector<__mmask16> kept(P * kPanel / 16, 0xffff);
-  if (kept_n) {
-    const bool* keep = kept_n->const_data_ptr<bool>();
-    for (int64_t n = 0; n < P * kPanel; ++n) {
-      if (n >= kept_n->size(0) || !keep[n]) kept[n / 16] &= ~(1u << n % 16);
-    }
-  }
+  const int64_t N = hidden_NH.size(0), H = hidden_NH.size(1), V = weight_VH.size(0);
+  const int64_t tiles = on_e_kn.size(0), P = panels(N), ld = (P + 1) * kPanel;
   const S* const e = stored_e.const_data_ptr<S>();
   const S* const gap = data<S>(stored_gap);
   const float* const on_e = on_e_kn.const_data_ptr<float>();
   const float* const on_gap = data<float>(on_gap_kn);
   const int64_t* const tokens = data<int64_t>(tokens_n);
   const float* const on_token = data<float>(on_token_n);
+  const bool* const keep = data<bool>(kept_kn);
   // dHidden of each thread's tiles, in panels of 64 columns, so that a product touches neighbouring memory only.
-  Tensor parts = grad_hidden_NH ? at::zeros({at::get_num_threads(), panels(H), C, kPanel}, on_e_kn.options()) : Tensor();
+  Tensor sums = grad_hidden_NH ? at::zeros({at::get_num_threads(), panels(H), N, kPanel}, on_e_kn.options()) : Tensor();
+  std::vector<T> all_hidden(grad_weight_VH && !keep ? panels(H) * P * kPanel * kPanel : 0);
+  if (!all_hidden.empty()) {
+    Kept all;
+    std::vector<T> rows;
+    all.select(nullptr, 0, N, P);
+    pack_rows(hidden_NH, all.tokens, P * kPanel, rows, all_hidden.data());
+  }
 
   at::parallel_for(0, (V + kStep - 1) / kStep, 1, [&](int64_t first, int64_t last) {
     const FlushDenormals flush;
-    std::vector<T> copy, rows_operand(kStep * C), columns_operand(C * kStep), weight(panels(H) * kStep * kPanel);
-    std::vector<float> panel_grad(kRows * kPanel), grad(kStep * ld);
-    float* const part = grad_hidden_NH ? parts.data_ptr<float>() + at::get_thread_num() * panels(H) * C * kPanel : nullptr;
+    std::vector<T> copy, rows_operand(kStep * P * kPanel), columns_operand(P * kPanel * kStep), rows_copy;
+    std::vector<T> hidden(keep && grad_weight_VH ? panels(H) * P * kPanel * kPanel : 0);
+    std::vector<T> weight(grad_hidden_NH ? panels(H) * kStep * kPanel : 0);
+    std::vector<float> panel_grad(kRows * kPanel), grad(kStep * ld), part;
+    float* const sum = grad_hidden_NH ? sums.data_ptr<float>() + at::get_thread_num() * panels(H) * N * kPanel : nullptr;
+    Kept kept;
     for (int64_t step = first; step < last; ++step) {
-      const int64_t start = step * kStep, rows = std::min(kStep, V - start);
-      std::fill(grad.begin(), grad.end(), 0.f);
-      for (int64_t tile = 2 * step; tile < std::min(tiles, 2 * step + 2); ++tile) {
+      const int64_t start = step * kStep, rows = std::min(kStep, V - start), end = std::min(tiles, 2 * step + 2);
+      kept.select(keep ? keep + 2 * step * N : nullptr, end - 2 * step, N, P);
+      const int64_t count = kept.tokens.size(), C = keep ? (count + 15) / 16 * 16 : P * kPanel;
+      for (int64_t v = rows; v < kStep; ++v) std::fill_n(grad.data() + v * ld, C, 0.f);
+      for (int64_t tile = 2 * step; tile < end; ++tile) {
         const int64_t tile_start = tile * kRows, height = std::min(kRows, V - tile_start);
         for (int64_t panel = 0, at = 0; panel < P; ++panel) {
           const int64_t offset = (tile * P + panel) * kRows * kPanel, n0 = panel * kPanel;
+          int64_t some = 0;
+          for (int64_t c = 0; c < kPanel; c += 16) some += __builtin_popcount(kept.masks[(n0 + c) / 16]);
+          if (!some) continue;
           to_gradient(height, e + offset, gap ? gap + offset : nullptr, on_e + (tile * P + panel) * kPanel,
                       gap ? on_gap + (tile * P + panel) * kPanel : nullptr, panel_grad.data());
-          for (int64_t n = n0; tokens && n < std::min(n0 + kPanel, tokens_n->size(0)); ++n) {
+          for (int64_t n = n0; tokens && n < std::min(n0 + kPanel, N); ++n) {
             const int64_t row = tokens[n] - tile_start;
             if (row >= 0 && row < height) panel_grad[row * kPanel + n - n0] += on_token[n];
           }
-          at += append_kept(height, panel_grad.data(), &kept[n0 / 16], grad.data() + (tile_start - start) * ld + at, ld);
+          compress(height, panel_grad.data(), &kept.masks[n0 / 16], grad.data() + (tile_start - start) * ld + at, ld);
+          at += some;
         }
       }
-      for (int64_t v = 0; v < rows; ++v) std::fill_n(grad.data() + v * ld + N, C - N, 0.f);
+      for (int64_t v = 0; v < rows; ++v) std::fill_n(grad.data() + v * ld + count, C - count, 0.f);
       to_operands(grad.data(), ld, C, rows_operand.data(), columns_operand.data());
       for (int64_t v = 0; grad_bias_V && v < rows; ++v) {
-        Vec sum = _mm512_setzero_ps();
-        for (int64_t c = 0; c < C; c += 16) sum += load(grad.data() + v * ld + c);
-        grad_bias_V->data_ptr<float>()[start + v] += _mm512_reduce_add_ps(sum);
+        Vec total = _mm512_setzero_ps();
+        for (int64_t c = 0; c < C; c += 16) total += load(grad.data() + v * ld + c);
+        grad_bias_V->data_ptr<float>()[start + v] += _mm512_reduce_add_ps(total);
       }
-      if (grad_weight_VH) {
-        weight_gradient(rows, C, rows_operand.data(), hidden.data(), start, *grad_weight_VH, accumulate);
+      if (grad_weight_VH && (count || !accumulate)) {
+        if (keep) pack_rows(hidden_NH, kept.tokens, std::max<int64_t>(C, 16), rows_copy, hidden.data());
+        if (!C) std::fill(rows_operand.begin(), rows_operand.begin() + kStep * 16, T(0.f));
+        weight_gradient(rows, std::max<int64_t>(C, 16), rows_operand.data(), keep ? hidden.data() : all_hidden.data(), start,
+                        *grad_weight_VH, accumulate);
       }
-      if (part) {
+      if (sum && count) {
         pack(tile_rows(weight_VH, start, kStep, copy), H, kStep, H, weight.data());
-        for (int64_t h = 0; h < panels(H); ++h) {
-          gemm(C, kPanel, kStep, columns_operand.data(), kStep, weight.data() + h * kStep * kPanel, part + h * C * kPanel,
-               kPanel, true);
-        }
+        hidden_gradient(kept.tokens, C, N, H, columns_operand.data(), weight.data(), part, sum);
       }
     }
     at::native::cpublas::brgemm_release();
   });
   if (grad_hidden_NH) {
-    const Tensor sum_NH = parts.sum(0).permute({1, 0, 2}).reshape({C, panels(H) * kPanel});
-    grad_hidden_NH->copy_(sum_NH.narrow(0, 0, N).narrow(1, 0, H));
+    grad_hidden_NH->copy_(sums.sum(0).permute({1, 0, 2}).reshape({N, panels(H) * kPanel}).narrow(1, 0, H));
   }
 }
 
@@ -293,10 +341,10 @@ std::tuple<Tensor, Tensor> block_moments(const Tensor& hidden_NH, const Tensor& 
 
 void block_gradient(const Tensor& hidden_NH, const Tensor& weight_VH, const Tensor& stored_e, const Maybe& stored_gap,
                     const Tensor& on_e_kn, const Maybe& on_gap_kn, const Maybe& tokens_n, const Maybe& on_token_n,
-                    const Maybe& kept_n, const Maybe& grad_hidden_NH, const Maybe& grad_weight_VH,
+                    const Maybe& kept_kn, const Maybe& grad_hidden_NH, const Maybe& grad_weight_VH,
                     const Maybe& grad_bias_V, bool accumulate) {
   const auto run = hidden_NH.scalar_type() == at::kBFloat16 ? gradient<c10::BFloat16> : gradient<float>;
-  run(hidden_NH, weight_VH, stored_e, stored_gap, on_e_kn, on_gap_kn, tokens_n, on_token_n, kept_n, grad_hidden_NH,
+  run(hidden_NH, weight_VH, stored_e, stored_gap, on_e_kn, on_gap_kn, tokens_n, on_token_n, kept_kn, grad_hidden_NH,
       grad_weight_VH, grad_bias_V, accumulate);
 }
 

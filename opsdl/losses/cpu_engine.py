@@ -52,11 +52,12 @@ class CpuEngine:
             self.grad_weight[self.rows if count else 0 :] = 0
         self.grad_bias = torch.zeros(self.rows + problem.padding) if want_bias else None
         self.accumulate_weight = False
+        self.mean_rows_KH: Tensor | None = None
 
     def moments(self, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
         """Of one block: moments [7, K, n], and (logit, gap, slope) at the sampled tokens [3, n]."""
         problem, head = self.problem, self.problem.head
-        self.tokens_n, self.hidden_nH = tokens_n, problem.hidden_NH[tokens_n].to(self.operand)
+        self.tokens_n, self.hidden_nH = tokens_n, problem.hidden_NH[tokens_n].to(self.operand).contiguous()
         self.token_n = problem.local_tokens(tokens_n)
         bias = None if head.bias is None else head.bias.float()
         keep = any(self.wanted)
@@ -88,31 +89,51 @@ class CpuEngine:
         self.stats = stats
 
     def energy(self) -> Tensor:
-        """Squared norm of each token's gradient for the raw logits, [n], from the moments."""
+        """Squared norm of each token's gradient for the raw logits of each tile, [K, n] or [1, n], from the moments."""
         square0, square1, square2 = self.parts_fkn[SQUARE0:]
-        energy_n = (self.on_gap_kn.square() * square2 + 2 * self.on_gap_kn * self.on_e_kn * square1).sum(0)
-        energy_n += (self.on_e_kn.square() * square0).sum(0)
+        energy_kn = self.on_gap_kn.square() * square2 + 2 * self.on_gap_kn * self.on_e_kn * square1
+        energy_kn += self.on_e_kn.square() * square0
         if self.token_n is not None and self.on_token_n.any():
-            # (x_y + t)^2 - x_y^2 at the sampled token y, where x = -t p
+            # (x_y + t)^2 - x_y^2 at the sampled token y, where x_y = -t p
             p_n = (self.picked_3n[0] - self.stats["student_lse"]).exp()
-            energy_n += self.on_token_n.square() * (1 - 2 * p_n)
-        return energy_n
+            here_n = (self.token_n >= 0) & (self.token_n < self.rows)
+            tile_n = (self.token_n.where(here_n, 0) // TILE_ROWS)[None]
+            energy_kn.scatter_add_(0, tile_n, (here_n * self.on_token_n.square() * (1 - 2 * p_n))[None])
+        # A soft cap keeps tiles from having a mean: see _skipped_hidden. There whole tokens are skipped.
+        return energy_kn if self.problem.head.softcap is None else energy_kn.sum(0, keepdim=True)
 
-    def accumulate(self, kept_n: Tensor | None) -> None:
-        hidden_nH, tokens_n = self.hidden_nH, self.tokens_n
-        if kept_n is not None:
-            hidden_nH, tokens_n = hidden_nH[kept_n], tokens_n[kept_n]
-        grad_nH = torch.empty(hidden_nH.shape) if self.wanted[0] else None
+    def accumulate(self, kept_kn: Tensor | None) -> None:
+        """Add the block's gradients; kept [K, n] or [1, n] says which tiles of which tokens have one."""
+        grad_nH = torch.empty(self.hidden_nH.shape) if self.wanted[0] else None
         with_gap = self.problem.second is not None
         self.ops.block_gradient(
-            hidden_nH.contiguous(), self.problem.head.weight, self.stored_e, self.stored_gap if with_gap else None,
+            self.hidden_nH, self.problem.head.weight, self.stored_e, self.stored_gap if with_gap else None,
             _padded(self.on_e_kn), _padded(self.on_gap_kn * self.parts_fkn[GAP_SCALE]) if with_gap else None,
-            self.token_n, None if self.token_n is None else self.on_token_n, kept_n, grad_nH, self.grad_weight,
+            self.token_n, None if self.token_n is None else self.on_token_n,
+            None if kept_kn is None else kept_kn.expand(self.tiles, -1).contiguous(), grad_nH, self.grad_weight,
             self.grad_bias, self.accumulate_weight,
         )  # fmt: skip
         self.accumulate_weight = True
         if grad_nH is not None:
-            self.grad_hidden[tokens_n] = grad_nH.to(self.grad_hidden.dtype)
+            if kept_kn is not None and self.problem.head.softcap is None:
+                grad_nH += self._skipped_hidden(kept_kn)
+            self.grad_hidden[self.tokens_n] = grad_nH.to(self.grad_hidden.dtype)
+
+    def _skipped_hidden(self, kept_kn: Tensor) -> Tensor:
+        """What the skipped tiles add to dHidden if every entry had the tile's mean row of the head, [n, H].
+
+        Alone each is negligible, but they are many and the rows of a head have a common part: without this, dHidden of
+        real models is off by 1.7 % at 91 % skipped, with it by 0.9 %. The sum of a tile's gradient is on_e SUM, since gaps are centred.
+        """
+        if self.mean_rows_KH is None:
+            tiles = self.problem.head.weight.split(TILE_ROWS)
+            self.mean_rows_KH = torch.stack([tile.mean(0, dtype=torch.float32) for tile in tiles])
+        sum_kn = self.on_e_kn * self.parts_fkn[moments.SUM]
+        if self.token_n is not None:
+            here_n = (self.token_n >= 0) & (self.token_n < self.rows)
+            tile_1n = (self.token_n.where(here_n, 0) // TILE_ROWS)[None]
+            sum_kn = sum_kn.scatter_add(0, tile_1n, (here_n * self.on_token_n)[None])
+        return sum_kn.masked_fill(kept_kn, 0.0).T @ self.mean_rows_KH
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.grad_hidden, self.grad_weight, self.grad_bias

@@ -14,9 +14,9 @@ from torch import Tensor
 from opsdl.losses import kinds, moments
 from opsdl.losses.cpu_engine import CpuEngine
 from opsdl.losses.problem import Problem
+from opsdl.losses.shards import Shards
 from opsdl.losses.torch_engine import TorchEngine
 from opsdl.losses.triton_engine import TritonEngine
-
 
 Engine = TorchEngine | CpuEngine | TritonEngine
 ENGINES = {"torch": TorchEngine, "cpu": CpuEngine, "triton": TritonEngine}
@@ -48,11 +48,11 @@ def run(problem: Problem, scale_N: Tensor, wanted: tuple[bool, bool, bool], back
             value_n = engine.mix(problem.beta, stats)
         if any(wanted):
             engine.prepare(stats, factors.scaled(scale_N[tokens_n]))
-            kept_n = None
+            kept_kn = None
             if problem.skip_tolerance > 0:
-                kept_n = _keep(problem.shards.sum(engine.energy()), problem.skip_tolerance)
-                stats["skipped"] = (~kept_n).to(value_n.dtype)
-            engine.accumulate(kept_n)
+                kept_kn = _keep(engine.energy(), problem.skip_tolerance, problem.shards)
+                stats["skipped"] = 1 - problem.shards.mean(kept_kn.to(value_n.dtype).mean(0))
+            engine.accumulate(kept_kn)
         values_N[tokens_n] = value_n
         for row, name in enumerate(names):
             if name in stats:
@@ -89,8 +89,13 @@ def _narrow(wide_VH: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.view(wide_VH.shape)
 
 
-def _keep(energy_n: Tensor, tolerance: float) -> Tensor:
-    """[n] bool: False for the tokens that together hold no more than tolerance^2 of the gradient's squared norm."""
-    ordered, order = energy_n.sort()
-    skip = ordered.cumsum(0) <= tolerance**2 * energy_n.sum()
-    return torch.empty_like(skip).scatter_(0, order, ~skip)
+def _keep(energy_kn: Tensor, tolerance: float, shards: Shards) -> Tensor:
+    """[K, n] bool: False for parts of tokens that together hold no more than tolerance^2 of the gradient's squared norm.
+
+    A threshold from a histogram over the leading bits of the energies: within 1/16 of the best there is, in one pass.
+    """
+    energy_kn = energy_kn.float().nan_to_num().clamp(min=0.0)
+    bin_kn = energy_kn.contiguous().view(torch.int32) >> 19  # the exponent and 4 bits
+    histogram = shards.sum(torch.bincount(bin_kn.flatten(), energy_kn.flatten().double(), minlength=1 << 12))
+    below = histogram.cumsum(0) <= tolerance**2 * histogram.sum()
+    return ~below[bin_kn.long()]

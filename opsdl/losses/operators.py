@@ -106,12 +106,15 @@ def _fake_token_losses_backward(*arguments):
 
 
 def _keep_gradients(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # no zeros of a head's size in the place of gradients that nobody sends
     ctx.wanted, ctx.yielded = inputs[_WANTED:]
     ctx.save_for_backward(*output[2:])
 
 
 def _scale_gradients(ctx, grad, *_):
     _refuse_second_derivative()
+    if grad is None:
+        return (None,) * (_WANTED + 2)
     times = _times_in_place if ctx.yielded and type(grad) is Tensor else torch.mul
     gradients = (times(x, grad) if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
     return (*gradients, *(None,) * (_WANTED + 2 - _DIFFERENTIABLE))
@@ -125,12 +128,15 @@ def _times_in_place(x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _keep_inputs(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[: _SCALE + 1])
     ctx.rest = inputs[_SCALE + 1 :]
 
 
 def _run_again(ctx, grad_N, _):
     _refuse_second_derivative()
+    if grad_N is None:
+        return (None,) * (_WANTED + 1)
     *tensors, scale_N = ctx.saved_tensors
     gradients = torch.ops.opsdl.token_losses_backward(*tensors, scale_N * grad_N, *ctx.rest)
     wanted = (x if want else None for x, want in zip(gradients, ctx.rest[-1], strict=True))

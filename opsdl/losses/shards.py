@@ -38,6 +38,10 @@ class Shards:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over ranks, weighted by their vocabulary entries."""
+        return self.sum(x * (self.rows / self.total)) if self.group is not None else x
+
     def gather(self, part_fn: Tensor) -> Tensor:
         """[f, n] of every rank, side by side: [f, ranks, n]."""
         if self.group is None:

@@ -83,13 +83,14 @@ class TorchEngine:
         self.grad_nV = grad_nV * ((1 if self.slope_nV is None else self.slope_nV) / self.problem.head.temperature)
 
     def energy(self) -> Tensor:
-        """Squared norm of each token's gradient for the raw logits, [n]."""
-        return self.grad_nV.square().sum(-1)
+        """Squared norm of each token's gradient for the raw logits, [1, n]."""
+        return self.grad_nV.square().sum(-1)[None]
 
-    def accumulate(self, kept_n: Tensor | None) -> None:
+    def accumulate(self, kept_1n: Tensor | None) -> None:
+        """Add the block's gradients, of the kept tokens."""
         grad_nV, hidden_nH, tokens_n = self.grad_nV, self.hidden_nH, self.tokens_n
-        if kept_n is not None:
-            grad_nV, hidden_nH, tokens_n = grad_nV[kept_n], hidden_nH[kept_n], tokens_n[kept_n]
+        if kept_1n is not None:
+            grad_nV, hidden_nH, tokens_n = grad_nV[kept_1n[0]], hidden_nH[kept_1n[0]], tokens_n[kept_1n[0]]
         if self.wanted[0]:
             self.grad_hidden[tokens_n] = grad_nV @ self.weight_VH
         if self.wanted[1]:

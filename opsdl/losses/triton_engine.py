@@ -44,21 +44,24 @@ class TritonEngine:
         self.stats, self.factors = stats, factors
 
     def energy(self) -> Tensor:
-        """An estimate of the squared norm of each token's gradient, [n], without another pass.
+        """An estimate of the squared norm of each token's gradient, [1, n], without another pass.
 
         sum (p c)^2 <= sum p c^2, which is close to 2 KL where the two models are close.
         """
         a_n, b_n, t_n = self.factors
-        return a_n.square() * 2 * self.stats.get("kl", torch.zeros_like(a_n)) + b_n.square() + t_n.square()
+        return (a_n.square() * 2 * self.stats["kl"] + b_n.square() + t_n.square())[None]
 
-    def accumulate(self, kept_n: Tensor | None) -> None:
+    def accumulate(self, kept_1n: Tensor | None) -> None:
+        """Compute the gradients, of the kept tokens."""
         from opsdl.kernels.backward import linear_gradient
 
-        hidden_nH, weight_VH, bias, gap_hidden, gap_low, gap_weight, gap_bias, difference, token_n, *scalars = self.inputs
+        hidden_nH, weight_VH, bias, gap_hidden, gap_low, gap_weight, gap_bias, difference, token_n, *scalars = (
+            self.inputs
+        )
         factors_5n = (self.stats["student_lse"], self.stats["mean_gap"], *self.factors)
         by_token = (hidden_nH, gap_hidden, gap_low, difference, token_n, self.tokens_n, *factors_5n)
-        if kept_n is not None:
-            by_token = tuple(None if x is None else x[kept_n] for x in by_token)
+        if kept_1n is not None:
+            by_token = tuple(None if x is None else x[kept_1n[0]] for x in by_token)
         hidden_nH, gap_hidden, gap_low, difference, token_n, tokens_n, *factors_5n = (
             None if x is None else x.contiguous() for x in by_token
         )

@@ -21,7 +21,11 @@ def emulated(inputs, arch, monkeypatch, **options):
 
 @pytest.mark.parametrize(
     "variant, shape",
-    [("one head", (70, 72, 200)), ("two heads, padding and tokens", (33, 40, 150)), ("one head, close", (20, 136, 140))],
+    [
+        ("one head", (70, 72, 200)),
+        ("two heads, padding and tokens", (33, 40, 150)),
+        ("one head, close", (20, 136, 140)),
+    ],
 )
 @pytest.mark.parametrize("arch", [80, 90])
 def test_bf16(arch, variant, shape, monkeypatch):

@@ -15,7 +15,11 @@ FAULTS = {
     "the last tile's vocabulary mask": ("tile.py", "mask=mask_v[None, :] & inside", "mask=inside"),
     "the mask of the hidden size": ("tile.py", "mask=mask_n[:, None] & inside[None, :]", "mask=mask_n[:, None]"),
     "rescaling of the old sum": ("tile.py", "total * tl.exp(top - base)", "total"),
-    "rescaling of the old teacher sum": ("tile.py", "teacher_total * tl.exp(teacher_top - teacher_base)", "teacher_total"),
+    "rescaling of the old teacher sum": (
+        "tile.py",
+        "teacher_total * tl.exp(teacher_top - teacher_base)",
+        "teacher_total",
+    ),
     "one tile too few": ("forward.py", "tl.cdiv(V, BV))", "tl.cdiv(V, BV) - 1)"),
     "the stride of the head": ("forward.py", "weight_VH.stride(0),\n", "hidden_NH.stride(0) + 8,\n"),
     "adding to earlier chunks": ("backward.py", "if ADD:", "if not ADD:"),

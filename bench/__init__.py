@@ -1,0 +1,1 @@
+"""Benchmarks. `make bench`: the fused losses beside their peers, into bench/results/."""
