@@ -1,6 +1,6 @@
-"""What pyproject.toml cannot say: `kernels/` is installed as `opsdl.kernels`, and csrc/ is compiled where that is possible.
+"""What pyproject.toml cannot say: `kernels/` is installed as `opsdl.kernels`, and csrc/ is compiled where that can be.
 
-The extension needs the torch it will run with, so it is built by `pip install --no-build-isolation .` (as `make setup` does).
+The extension needs the torch it will run with: `pip install --no-build-isolation .` builds it, as `make setup` does.
 Elsewhere, and where the compiler is missing or fails, the package installs without it; `opsdl info` says so.
 """
 

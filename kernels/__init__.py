@@ -5,5 +5,6 @@ backward.py    linear_gradient: tiles again, their gradient through a bounded wo
 tile.py        what both do with a tile: product, logits and gap, moments
 configs.py     tile sizes by architecture and data type, and what the passes allocate
 
-Nothing is imported here: transformers looks for a package named `kernels`, and from this directory finds and imports this one.
+Nothing is imported here: transformers looks for a package named `kernels`, and in a checkout it finds and imports this
+one.
 """

@@ -111,8 +111,9 @@ def linear_moments(
     V = weight_VH.shape[0]
     tiles = config(hidden_NH.dtype, hidden_NH.device)
     tile = tiles.moments if softcap is None else tiles.capped
-    per_split = -(-(-(-V // tile.columns)) // splits(N, V, tile))
-    parts = -(-(-(-V // tile.columns)) // per_split)
+    tile_count = triton.cdiv(V, tile.columns)
+    per_split = triton.cdiv(tile_count, splits(N, V, tile))
+    parts = triton.cdiv(tile_count, per_split)
     moments_7SN = torch.empty(7, parts, N, dtype=torch.float32, device=hidden_NH.device)
     picked_3SN = torch.zeros(3, parts if tokens_N is not None else 1, N, dtype=torch.float32, device=hidden_NH.device)
     has_gap = gap_hidden_NK is not None

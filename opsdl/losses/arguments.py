@@ -88,7 +88,12 @@ def skip_limit(value: float | str | None, dtype: torch.dtype) -> float:
 
 
 def token_scale(
-    leading: torch.Size, mask: Tensor | None, token_weights: Tensor | None, reduction: str, like: Tensor
+    leading: torch.Size,
+    mask: Tensor | None,
+    token_weights: Tensor | None,
+    reduction: str,
+    products: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """[N] factor of each token in the reduced loss; for "none", of each token's own value.
 
@@ -104,8 +109,8 @@ def token_scale(
             f"token_weights: {token_weights.dtype} {tuple(token_weights.shape)}; expected floating point"
             f" {tuple(leading)}"
         )
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    scale = torch.ones(leading, dtype=dtype, device=like.device)
+    dtype = torch.float64 if products == torch.float64 else torch.float32
+    scale = torch.ones(leading, dtype=dtype, device=device)
     if mask is not None:
         scale = scale * mask
     if reduction == "mean":

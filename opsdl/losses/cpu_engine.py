@@ -1,7 +1,7 @@
 """The losses on the CPU: a block of tokens goes through the two operators of csrc/cpu/linear_loss.cpp.
 
-Between them lie two numbers for every logit of the block, of 2 bytes with bf16 products and 4 with float32; the block is as
-large as 1 KiB for every vocabulary entry and 36 MiB allow, because every block reads and writes the whole of dWeight.
+Between them lie two numbers for every logit of the block, of 2 bytes with bf16 products and 4 with float32; the block is
+as large as 1 KiB for every vocabulary entry and 36 MiB allow, for every block reads and writes the whole of dWeight.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class CpuEngine:
         length = [self.tiles * TILE_ROWS * columns if any(self.wanted) else 0]
         self.stored_e, self.stored_gap = (self.ops.empty_huge(length, self.stored) for _ in range(2))
         hidden_dtype = problem.hidden_NH.dtype if problem.shards.group is None else torch.float32
-        self.grad_hidden = torch.zeros_like(problem.hidden_NH, dtype=hidden_dtype) if want_hidden else None
+        self.grad_hidden = torch.zeros(problem.hidden_NH.shape, dtype=hidden_dtype) if want_hidden else None
         self.grad_weight = None
         if want_weight:
             direct = self.only_block and weight_VH.dtype == self.operand == torch.bfloat16
@@ -123,7 +123,8 @@ class CpuEngine:
         """What the skipped tiles add to dHidden if every entry had the tile's mean row of the head, [n, H].
 
         Alone each is negligible, but they are many and the rows of a head have a common part: without this, dHidden of
-        real models is off by 1.7 % at 91 % skipped, with it by 0.9 %. The sum of a tile's gradient is on_e SUM, since gaps are centred.
+        real models is off by 1.7 % at 91 % skipped, with it by 0.9 %. The sum of a tile's gradient is on_e SUM, since
+        gaps are centred.
         """
         if self.mean_rows_KH is None:
             tiles = self.problem.head.weight.split(TILE_ROWS)

@@ -1,4 +1,4 @@
-"""The order of work: a block of tokens at a time, moments first, then what depends on the whole vocabulary, then gradients.
+"""The order of work: a block of tokens at a time, moments first, then what needs the whole vocabulary, then gradients.
 
 The gradient is taken in the same pass as the value: once a block's logits are there, dHidden and dWeight cost two more
 matrix products (four in all), instead of recomputing the logits in a backward (six).

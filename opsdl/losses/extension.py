@@ -1,4 +1,4 @@
-"""The compiled part of the library, if it was built. Its operators are in torch.ops.opsdl once `load` says "available"."""
+"""The compiled part of the library, if it was built: operators in torch.ops.opsdl once `load` says "available"."""
 
 from __future__ import annotations
 

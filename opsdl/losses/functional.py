@@ -246,9 +246,10 @@ def _run(
     check_scalars(options.temperature, options.softcap)
     leading = pair.student_hidden.shape[:-1]
     dtype = _product_dtype(pair)
-    scale_N = token_scale(leading, options.mask, options.token_weights, options.reduction, like=pair.student_hidden)
+    device = pair.student_hidden.device
+    scale_N = token_scale(leading, options.mask, options.token_weights, options.reduction, dtype, device)
     limit = skip_limit(options.skip_tolerance, dtype)
-    backend = choose(options.backend, dtype, pair.student_hidden.device, beta, options.vocab_group)
+    backend = choose(options.backend, dtype, device, beta, options.vocab_group)
     if backend == "reference":
         loss, stats = _by_formula(kind, pair, tokens, options, beta, clip)
         stats = {name: x.masked_fill(scale_N.reshape(leading) == 0, 0.0) for name, x in stats.items()}

@@ -122,9 +122,9 @@ def _scale_gradients(ctx, grad, *_):
 
 def _times_in_place(x: Tensor, grad: Tensor) -> Tensor:
     """x * grad without a second tensor of a head's size, unless the graph is kept for another backward."""
-    if grad.device.type == "cpu" and grad.item() == 1:
-        return x
-    return x * grad if torch._C._autograd._get_current_graph_task_keep_graph() else x.mul_(grad)
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return x * grad
+    return x if grad.device.type == "cpu" and grad.item() == 1 else x.mul_(grad)
 
 
 def _keep_inputs(ctx, inputs, output):

@@ -24,7 +24,7 @@ class TorchEngine:
         wide, operand = problem.wide, problem.hidden_NH.dtype
         self.weight_VH = problem.head.weight.to(operand).to(wide)
         self.block = max(1, BLOCK_BYTES // (problem.shards.largest * self.weight_VH.element_size()))
-        self.grad_hidden = torch.zeros_like(problem.hidden_NH, dtype=wide) if wanted[0] else None
+        self.grad_hidden = problem.hidden_NH.new_zeros(problem.hidden_NH.shape, dtype=wide) if wanted[0] else None
         rows, size = self.weight_VH.shape
         self.grad_weight = self.weight_VH.new_zeros(rows + problem.padding, size) if wanted[1] else None
         self.grad_bias = self.weight_VH.new_zeros(rows + problem.padding) if wanted[2] else None

@@ -17,7 +17,7 @@ class TritonEngine:
         self.block = max(1, count)
         rows, size = problem.head.weight.shape
         device, padded = problem.hidden_NH.device, rows + problem.padding
-        self.grad_hidden = torch.zeros_like(problem.hidden_NH) if wanted[0] else None
+        self.grad_hidden = problem.hidden_NH.new_zeros(problem.hidden_NH.shape) if wanted[0] else None
         self.grad_weight = torch.zeros(padded, size, device=device) if wanted[1] else None
         self.grad_bias = torch.zeros(padded, device=device) if wanted[2] else None
 
