@@ -55,10 +55,9 @@ inline void to_logits(int64_t rows, LogitMap map, const float* bias, const float
     if (gap_bias) second = _mm512_mask_add_ps(second, apart, second, splat(gap_bias[v]));
     Vec logit, between;
     if (map.cap > 0) {
-      // t is tanh(a - b) or tanh b; either way gap = tanh a - tanh b, and tanh(a - b) gives it without cancellation:
-      // tanh a - tanh b = t (1 - tanh a tanh b), tanh b = (tanh a - t) / (1 - tanh a t).
-      const Vec a = tanh(raw * inverse), t = tanh(second * inverse);
-      const Vec b = (a - t) / (one - a * t);
+      // gap = tanh a - tanh b; from a difference, tanh(a - b) gives it without cancellation:
+      // tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b).
+      const Vec a = tanh(raw * inverse), t = tanh(second * inverse), b = tanh((raw - second) * inverse);
       logit = a * grow;
       between = _mm512_mask_sub_ps(t * (one - a * b), apart, a, t) * grow;
       store(slope, one - a * a);

@@ -13,7 +13,7 @@ inline constexpr float kNegInf = -__builtin_inff();
 
 // exp(x), relative error below 2e-7; 0 for -inf, inf for large x.
 inline Vec exp(Vec x) {
-  x = _mm512_max_ps(_mm512_min_ps(splat(128.f), x), splat(-128.f));  // in this order a NaN stays
+  x = _mm512_max_ps(splat(-128.f), _mm512_min_ps(splat(128.f), x));  // the second operand is what a NaN leaves
   const Vec n = _mm512_roundscale_ps(x * splat(1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec r = _mm512_fnmadd_ps(n, splat(-2.12194440e-4f), _mm512_fnmadd_ps(n, splat(0.693359375f), x));
   Vec y = splat(1.f / 5040);
@@ -33,7 +33,7 @@ inline Vec expm1_residual(Vec x) {
 // tanh(x) with full relative accuracy.
 inline Vec tanh(Vec x) {
   // tanh x = d / (d + 2), d = exp(2x) - 1 = rho(2x) + 2x
-  const Vec limit = _mm512_max_ps(_mm512_min_ps(splat(20.f), x), splat(-20.f));
+  const Vec limit = _mm512_max_ps(splat(-20.f), _mm512_min_ps(splat(20.f), x));
   const Vec d = expm1_residual(limit + limit) + limit + limit;
   return d / (d + splat(2.f));
 }

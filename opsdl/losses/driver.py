@@ -43,9 +43,9 @@ def run(problem: Problem, scale_N: Tensor, wanted: tuple[bool, bool, bool], back
         parts_7Kn, picked_3n = engine.moments(tokens_n)
         whole_7n = moments.merge(problem.shards.gather(moments.merge(parts_7Kn)))
         stats = moments.statistics(whole_7n)
-        value_n, factors = kinds.finish(problem.kind, problem.clip, stats, problem.shards.sum(picked_3n))
-        if problem.beta != 1:
-            value_n = engine.mix(problem.beta, stats)
+        divergence_n = None if problem.beta == 1 else engine.mix(problem.beta, stats)
+        picked_3n = problem.shards.sum(picked_3n)
+        value_n, factors = kinds.finish(problem.kind, problem.clip, stats, picked_3n, divergence_n)
         if any(wanted):
             engine.prepare(stats, factors.scaled(scale_N[tokens_n]))
             kept_kn = None

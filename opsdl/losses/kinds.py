@@ -39,14 +39,17 @@ def names(kind: str, with_tokens: bool, skipping: bool) -> tuple[str, ...]:
     return (*out, "skipped") if skipping else out
 
 
-def finish(kind: str, clip: float | None, stats: dict[str, Tensor], picked_3n: Tensor) -> tuple[Tensor, Factors]:
+def finish(
+    kind: str, clip: float | None, stats: dict[str, Tensor], picked_3n: Tensor, divergence_n: Tensor | None
+) -> tuple[Tensor, Factors]:
     """Value and gradient factors of each token; adds `gap` and `advantage` to the statistics where they exist."""
     z_n, stats["gap"], _ = picked_3n
     zeros, ones = torch.zeros_like(z_n), torch.ones_like(z_n)
     if kind == "kl":
+        value_n = stats["kl"] if divergence_n is None else divergence_n
         if clip is None:
-            return stats["kl"], Factors(ones, zeros, zeros)
-        return stats["kl"].clamp(max=clip), Factors((stats["kl"] <= clip).to(ones.dtype), zeros, zeros)
+            return value_n, Factors(ones, zeros, zeros)
+        return value_n.clamp(max=clip), Factors((value_n <= clip).to(ones.dtype), zeros, zeros)
     log_p = z_n - stats["student_lse"]
     if kind == "log_prob":
         return log_p, Factors(zeros, -ones, ones)

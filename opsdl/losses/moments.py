@@ -62,8 +62,9 @@ def merge(parts_7Kn: Tensor) -> Tensor:
     gap = (share * gaps).sum(0)
     # Means that lie 80 apart mean a KL that `statistics` takes from the logsumexps; the limit keeps inf * 0 away.
     shift = (gap - gaps).clamp(max=80.0)
-    spread = (share * (expm1_residual(shift) + shift.exp() * spreads)).sum(0)
-    offset = (share * torch.where(share > 0, offsets + tops - top, 0.0)).sum(0)
+    # Nor may a spread overflow where there is no share of it left.
+    spread = torch.where(share > 0, share * (expm1_residual(shift) + shift.exp() * spreads), 0.0).sum(0)
+    offset = (share * torch.where(share > 0, offsets + (tops - top), 0.0)).sum(0)
     teacher_total = torch.where(teacher_tops > -torch.inf, teacher_sums * (teacher_tops - teacher_top).exp(), 0.0).sum(
         0
     )
@@ -74,9 +75,12 @@ def statistics(moments_7n: Tensor) -> dict[str, Tensor]:
     """kl, student_lse, teacher_lse, entropy (of the student, nats) and mean_gap of each token [n]."""
     top, total, offset, gap, spread, teacher_top, teacher_total = moments_7n
     student_lse = top + total.log()
-    near, far = torch.log1p(spread), gap - student_lse + teacher_top + teacher_total.log()
-    # Far apart, exp(-c) may overflow: there the plain logsumexp form is the accurate one.
-    kl = torch.where((near < 1) & (far < 2), near, far)
+    near = torch.log1p(spread)
+    far = (gap - (top - teacher_top)) - (total.log() - teacher_total.log())
+    # Far apart exp(-c) overflows, and what the teacher favours may have no mass left under the student: there the plain
+    # logsumexp form is the accurate one, and differs from the other by more than its own rounding.
+    rounding = torch.finfo(gap.dtype).eps * (gap.abs() + top.abs() + teacher_top.abs() + 1)
+    kl = torch.where((near < 1) & ((far - near).abs() <= 64 * rounding), near, far.clamp(min=0))
     return {
         "kl": kl,
         "student_lse": student_lse,

@@ -33,10 +33,11 @@ class TorchEngine:
         """Of one block: moments [7, 1, n], and (logit, gap) at the sampled tokens [3, n]."""
         problem, head = self.problem, self.problem.head
         self.tokens_n, self.hidden_nH = tokens_n, problem.hidden_NH[tokens_n].to(problem.wide)
-        self.z_nV, self.slope_nV = _cap(_product(self.hidden_nH, self.weight_VH, head.bias), head)
+        raw_nV = _product(self.hidden_nH, self.weight_VH, head.bias)
+        self.z_nV, self.slope_nV = _cap(raw_nV, head)
         self.gap_nV = torch.zeros_like(self.z_nV)
         if problem.second is not None:
-            self.gap_nV = torch.where(self.z_nV > -torch.inf, self._gap(problem.second.rows(tokens_n)), 0.0)
+            self.gap_nV = torch.where(self.z_nV > -torch.inf, self._gap(raw_nV, problem.second.rows(tokens_n)), 0.0)
         picked_3n = self.z_nV.new_zeros(3, len(tokens_n))
         self.token_n = problem.local_tokens(tokens_n)
         if self.token_n is not None:
@@ -46,7 +47,7 @@ class TorchEngine:
                 picked_3n[row] = torch.where(self.here_n, x_nV.gather(1, self.token_n)[:, 0], 0.0)
         return moments.measure(self.z_nV, self.gap_nV)[:, None], picked_3n
 
-    def _gap(self, second: Second) -> Tensor:
+    def _gap(self, student_nV: Tensor, second: Second) -> Tensor:
         """Student minus teacher logit [n, V]; tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b) keeps a difference one."""
         head, wide = self.problem.head, self.problem.wide
         hidden_nK = second.hidden_NK.to(wide)
@@ -61,7 +62,7 @@ class TorchEngine:
         grow = head.softcap / head.temperature
         tanh_s, tanh_t = self.z_nV / grow, torch.tanh(teacher_nV / head.softcap)
         tanh_gap = torch.tanh(raw_nV / head.softcap)
-        tanh_below = (tanh_s - tanh_gap) / (1 - tanh_s * tanh_gap)
+        tanh_below = torch.tanh((student_nV - raw_nV) / head.softcap)
         return torch.where(is_difference, tanh_gap * (1 - tanh_s * tanh_below), tanh_s - tanh_t) * grow
 
     def mix(self, beta: float, stats: dict[str, Tensor]) -> Tensor:
