@@ -1,9 +1,10 @@
-"""What `skip_tolerance` saves on real hidden states: the student under the long context, the teacher under the short one.
+"""What `skip_tolerance` saves on real hidden states: student under the long context, teacher under the short one.
 
     python -m bench.skipping recipes/smollm2-kjv.yaml             # writes bench/results/skipping.json and .md
 
-Rolls out needle questions of the recipe with its model, takes both models' hidden states at every response token in bf16, and
-measures the loss on them: errors against float64, time of the backward, and how the gradient is spread over tokens and tiles.
+Rolls out needle questions of the recipe with its model, takes both models' hidden states at every response token in
+bf16, and measures the loss on them: errors against float64, time of the backward, and how the gradient is spread over
+tokens and tiles.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def hidden_states(path: str) -> tuple[Tensor, Tensor, Tensor]:
         for index in range(PROMPTS):
             prompt = prompts[index]
             group = opsdl.generate(
-                model, opsdl.prefill(model, prompt.long_ids), num_responses=RESPONSES, max_new_tokens=20, temperature=0.8,
-                eos_token_id=eos_token_ids(model, tokenizer), generator=torch.Generator().manual_seed(index),
+                model, opsdl.prefill(model, prompt.long_ids), num_responses=RESPONSES, max_new_tokens=20,
+                temperature=0.8, eos_token_id=eos_token_ids(model, tokenizer),
+                generator=torch.Generator().manual_seed(index),
             )  # fmt: skip
             for found, ids in zip(pairs, (prompt.long_ids, prompt.short_ids), strict=True):
                 found.append(opsdl.response_hidden(model, ids, group)[group.mask].bfloat16())
@@ -64,7 +66,7 @@ def measure(student_NH: Tensor, teacher_NH: Tensor, weight_VH: Tensor, tolerance
 
 
 def spread(student_NH: Tensor, teacher_NH: Tensor, weight_VH: Tensor) -> tuple[dict, dict]:
-    """float64 gradients of the mean KL, and the share of tiles that hold all but (0.3 %)^2 of the logit gradient's energy."""
+    """float64 gradients of the mean KL, and the share of tiles that hold all but (0.3 %)^2 of its energy in logits."""
     h, w = student_NH.double(), weight_VH.double()
     z, gap = h @ w.T, (h - teacher_NH.double()) @ w.T
     stats = moments.statistics(moments.merge(moments.measure(z, gap)[:, None]))
@@ -109,15 +111,17 @@ def report(facts: dict) -> str:
     lines = [
         "# Skipping on real hidden states",
         "",
-        f"{facts['tokens']} response tokens of SmolLM2-135M under needle questions of 1000 tokens, V = {facts['vocabulary']}, bf16,"
-        " 2 threads. Errors are relative, against float64.",
+        f"{facts['tokens']} response tokens of SmolLM2-135M under needle questions of 1000 tokens, V ="
+        f" {facts['vocabulary']}, bf16, 2 threads. Skipped: share of the products of a token and a tile of 128 entries."
+        " Errors are relative, against float64.",
         "",
-        "| skip_tolerance | tokens skipped | backward, exact = 1 | dH error | dW error |",
+        "| skip_tolerance | skipped | backward, exact = 1 | dH error | dW error |",
         "|---|---|---|---|---|",
     ]
     for row in facts["rows"]:
         lines.append(
-            f"| {row['tolerance']} | {row['skipped']:.1%} | {1 / row['speedup']:.2f} | {row['hidden']:.2%} | {row['weight']:.2%} |"
+            f"| {row['tolerance']} | {row['skipped']:.1%} | {1 / row['speedup']:.2f} | {row['hidden']:.2%} |"
+            f" {row['weight']:.2%} |"
         )
     quantiles = ", ".join(f"{float(q):.0%}: {kl:.1e}" for q, kl in facts["kl quantiles"].items())
     lines += ["", f"Quantiles of the tokens' KL: {quantiles}.", ""]

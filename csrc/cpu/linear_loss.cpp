@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& hidden_NH, const Tensor& weight
           const int64_t n = panel * kPanel + c, row = tokens[n] - start;
           if (row < 0 || row >= rows) continue;
           picked[n] = z[row * kPanel + c];
-          if (gap) picked[N + n] = gap[row * kPanel + c];
+          if (gap) picked[N + n] = z[row * kPanel + c] == kNegInf ? kNegInf : gap[row * kPanel + c];
           picked[2 * N + n] = (map.cap > 0 ? slope[row * kPanel + c] : 1.f) / map.temperature;
         }
         for (int64_t c = 0; c < kPanel; c += 16) {
@@ -252,7 +252,7 @@ void hidden_gradient(const std::vector<int64_t>& tokens, int64_t C, int64_t N, i
 
 template <class T>
 void gradient(const Tensor& hidden_NH, const Tensor& weight_VH, const Tensor& stored_e, const Maybe& stored_gap,
-              const Tensor& on_e_kn, const Maybe& on_gap_kn, const Maybe& tokens_n, const Maybe& on_token_n,
+              const Tensor& on_e_kn, const Maybe& on_gap_kn, const Maybe& tokens_n, const Maybe& at_token_n,
               const Maybe& kept_kn, Maybe grad_hidden_NH, Maybe grad_weight_VH, const Maybe& grad_bias_V, bool accumulate) {
   using S = Stored<T>;
   const int64_t N = hidden_NH.size(0), H = hidden_NH.size(1), V = weight_VH.size(0);
@@ -262,7 +262,7 @@ void gradient(const Tensor& hidden_NH, const Tensor& weight_VH, const Tensor& st
   const float* const on_e = on_e_kn.const_data_ptr<float>();
   const float* const on_gap = data<float>(on_gap_kn);
   const int64_t* const tokens = data<int64_t>(tokens_n);
-  const float* const on_token = data<float>(on_token_n);
+  const float* const at_token = data<float>(at_token_n);
   const bool* const keep = data<bool>(kept_kn);
   // dHidden of each thread's tiles, in panels of 64 columns, so that a product touches neighbouring memory only.
   Tensor sums = grad_hidden_NH ? at::zeros({at::get_num_threads(), panels(H), N, kPanel}, on_e_kn.options()) : Tensor();
@@ -298,7 +298,7 @@ void gradient(const Tensor& hidden_NH, const Tensor& weight_VH, const Tensor& st
                       gap ? on_gap + (tile * P + panel) * kPanel : nullptr, panel_grad.data());
           for (int64_t n = n0; tokens && n < std::min(n0 + kPanel, N); ++n) {
             const int64_t row = tokens[n] - tile_start;
-            if (row >= 0 && row < height) panel_grad[row * kPanel + n - n0] += on_token[n];
+            if (row >= 0 && row < height) panel_grad[row * kPanel + n - n0] = at_token[n];
           }
           compress(height, panel_grad.data(), &kept.masks[n0 / 16], grad.data() + (tile_start - start) * ld + at, ld);
           at += some;
@@ -340,11 +340,11 @@ std::tuple<Tensor, Tensor> block_moments(const Tensor& hidden_NH, const Tensor& 
 }
 
 void block_gradient(const Tensor& hidden_NH, const Tensor& weight_VH, const Tensor& stored_e, const Maybe& stored_gap,
-                    const Tensor& on_e_kn, const Maybe& on_gap_kn, const Maybe& tokens_n, const Maybe& on_token_n,
+                    const Tensor& on_e_kn, const Maybe& on_gap_kn, const Maybe& tokens_n, const Maybe& at_token_n,
                     const Maybe& kept_kn, const Maybe& grad_hidden_NH, const Maybe& grad_weight_VH,
                     const Maybe& grad_bias_V, bool accumulate) {
   const auto run = hidden_NH.scalar_type() == at::kBFloat16 ? gradient<c10::BFloat16> : gradient<float>;
-  run(hidden_NH, weight_VH, stored_e, stored_gap, on_e_kn, on_gap_kn, tokens_n, on_token_n, kept_kn, grad_hidden_NH,
+  run(hidden_NH, weight_VH, stored_e, stored_gap, on_e_kn, on_gap_kn, tokens_n, at_token_n, kept_kn, grad_hidden_NH,
       grad_weight_VH, grad_bias_V, accumulate);
 }
 
@@ -359,7 +359,7 @@ TORCH_LIBRARY_FRAGMENT(opsdl, m) {
       "Tensor(b!)? stored_gap) -> (Tensor, Tensor)");
   m.def(
       "block_gradient(Tensor hidden, Tensor weight, Tensor stored_e, Tensor? stored_gap, Tensor on_e, Tensor? on_gap, "
-      "Tensor? tokens, Tensor? on_token, Tensor? kept, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, "
+      "Tensor? tokens, Tensor? at_token, Tensor? kept, Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias, "
       "bool accumulate) -> ()");
 }
 

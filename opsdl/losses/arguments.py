@@ -12,12 +12,23 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
         raise ValueError(f"{name}_hidden: {hidden.dtype} {tuple(hidden.shape)}; expected floating point [..., H]")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"{name}_weight: {tuple(weight.shape)}; expected [V, {hidden.shape[-1]}] for {name}_hidden")
+    if not weight.is_floating_point():
+        raise ValueError(f"{name}_weight: {weight.dtype} {tuple(weight.shape)}; expected floating point")
     if weight.shape[0] == 0:
         raise ValueError(f"{name}_weight: {tuple(weight.shape)}; expected at least one vocabulary entry")
-    if weight.device != hidden.device:
-        raise ValueError(f"{name}_weight: on {weight.device}; expected {hidden.device}, where {name}_hidden is")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{name}_bias: {tuple(bias.shape)}; expected {tuple(weight.shape[:1])}")
+    check_device(f"{name}_weight", weight, hidden)
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:1] or not bias.is_floating_point():
+        raise ValueError(
+            f"{name}_bias: {bias.dtype} {tuple(bias.shape)}; expected floating point {tuple(weight.shape[:1])}"
+        )
+    check_device(f"{name}_bias", bias, hidden)
+
+
+def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
+    if x.device != hidden.device:
+        raise ValueError(f"{name}: on {x.device}; expected {hidden.device}, where the hidden states are")
 
 
 def check_pair(
@@ -38,8 +49,7 @@ def check_pair(
             f"teacher_weight: vocabulary of {teacher_weight.shape[0]}; expected {student_weight.shape[0]}, that of"
             " student_weight, or vocab_size"
         )
-    if teacher_hidden.device != student_hidden.device:
-        raise ValueError(f"teacher_hidden: on {teacher_hidden.device}; expected {student_hidden.device}")
+    check_device("teacher_hidden", teacher_hidden, student_hidden)
 
 
 def check_vocab_size(vocab_size: int | None, weight: Tensor, name: str, vocab_group: object | None) -> None:
@@ -52,19 +62,23 @@ def check_vocab_size(vocab_size: int | None, weight: Tensor, name: str, vocab_gr
 
 
 def check_scalars(temperature: float, softcap: float | None) -> None:
-    if not temperature > 0:
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: {temperature}; expected a positive number")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap: {softcap}; expected None or a positive number")
 
 
-def check_tokens(tokens: Tensor, leading: torch.Size) -> None:
+def check_tokens(tokens: Tensor, hidden: Tensor) -> None:
+    leading = hidden.shape[:-1]
     if tokens.shape != leading or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: {tokens.dtype} {tuple(tokens.shape)}; expected int64 {tuple(leading)}")
+    check_device("tokens", tokens, hidden)
 
 
-def check_token_values(tokens_N: Tensor, vocabulary: int) -> None:
-    """Reads the tokens, so it stands where the loss is computed, not where it is traced."""
+def check_token_values(tokens_N: Tensor, scale_N: Tensor, vocabulary: int) -> None:
+    """Of all tokens but the masked ones. Reads them, so it stands where the loss is computed, not where it is
+    traced."""
+    tokens_N = tokens_N[scale_N != 0]
     if tokens_N.numel() and not (0 <= int(tokens_N.min()) and int(tokens_N.max()) < vocabulary):
         raise ValueError(f"tokens: from {int(tokens_N.min())} to {int(tokens_N.max())}; expected 0 to {vocabulary - 1}")
 
@@ -88,18 +102,18 @@ def skip_limit(value: float | str | None, dtype: torch.dtype) -> float:
 
 
 def token_scale(
-    leading: torch.Size,
+    hidden: Tensor,
     mask: Tensor | None,
     token_weights: Tensor | None,
     reduction: str,
     products: torch.dtype,
-    device: torch.device,
 ) -> Tensor:
-    """[N] factor of each token in the reduced loss; for "none", of each token's own value.
+    """[N] factor of each token of hidden [..., H] in the reduced loss; for "none", of each token's own value.
 
     Raises ValueError for an unknown reduction, and for a mask or weights that are not bool / floating point of the
-    leading shape.
+    leading shape, on the device of the hidden states.
     """
+    leading = hidden.shape[:-1]
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: {reduction!r}; expected 'mean', 'sum' or 'none'")
     if mask is not None and (mask.shape != leading or mask.dtype != torch.bool):
@@ -109,8 +123,11 @@ def token_scale(
             f"token_weights: {token_weights.dtype} {tuple(token_weights.shape)}; expected floating point"
             f" {tuple(leading)}"
         )
+    for name, x in (("mask", mask), ("token_weights", token_weights)):
+        if x is not None:
+            check_device(name, x, hidden)
     dtype = torch.float64 if products == torch.float64 else torch.float32
-    scale = torch.ones(leading, dtype=dtype, device=device)
+    scale = torch.ones(leading, dtype=dtype, device=hidden.device)
     if mask is not None:
         scale = scale * mask
     if reduction == "mean":

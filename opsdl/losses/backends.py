@@ -70,4 +70,4 @@ def _best(dtype: torch.dtype, device: torch.device, beta: float) -> str:
 
 @cache
 def _say_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+    warnings.warn(message, stacklevel=6)  # where the user calls the loss

@@ -1,7 +1,7 @@
 """The losses on the CPU: a block of tokens goes through the two operators of csrc/cpu/linear_loss.cpp.
 
-Between them lie two numbers for every logit of the block, of 2 bytes with bf16 products and 4 with float32; the block is
-as large as 1 KiB for every vocabulary entry and 36 MiB allow, for every block reads and writes the whole of dWeight.
+Between them lie two numbers for every logit of the block, of 2 bytes with bf16 products and 4 with float32; the block
+is as large as 1 KiB for every vocabulary entry and 36 MiB allow, for every block reads and writes the whole of dWeight.
 """
 
 from __future__ import annotations
@@ -81,24 +81,24 @@ class CpuEngine:
     def prepare(self, stats: dict[str, Tensor], factors: Factors) -> None:
         """Factors of the stored numbers, for each tile and token."""
         tops, gaps = self.parts_fkn[moments.MAX], self.parts_fkn[moments.GAP]
-        base_kn = torch.where(tops > -torch.inf, (tops - stats["student_lse"]).exp(), 0.0)
+        base_kn = torch.where(tops > -torch.inf, ((tops - stats["top"]) - stats["log_sum"]).exp(), 0.0)
         base_kn /= self.problem.head.temperature
         self.on_gap_kn = base_kn * factors.on_gap
         self.on_e_kn = self.on_gap_kn * (gaps - stats["mean_gap"]) + base_kn * factors.on_prob
-        self.on_token_n = factors.on_token * self.picked_3n[2]
-        self.stats = stats
+        self.has_token = self.problem.kind != "kl"  # there tokens are for the statistics only
+        if self.has_token:
+            # The gradient at the token itself, p A - A, is as exact as p: not put together from what is stored.
+            p_n = ((self.picked_3n[0] - stats["top"]) - stats["log_sum"]).exp()
+            self.without_token_n = p_n * factors.on_prob * self.picked_3n[2]
+            self.at_token_n = self.without_token_n + factors.on_token * self.picked_3n[2]
 
     def energy(self) -> Tensor:
         """Squared norm of each token's gradient for the raw logits of each tile, [K, n] or [1, n], from the moments."""
         square0, square1, square2 = self.parts_fkn[SQUARE0:]
         energy_kn = self.on_gap_kn.square() * square2 + 2 * self.on_gap_kn * self.on_e_kn * square1
         energy_kn += self.on_e_kn.square() * square0
-        if self.token_n is not None and self.on_token_n.any():
-            # (x_y + t)^2 - x_y^2 at the sampled token y, where x_y = -t p
-            p_n = (self.picked_3n[0] - self.stats["student_lse"]).exp()
-            here_n = (self.token_n >= 0) & (self.token_n < self.rows)
-            tile_n = (self.token_n.where(here_n, 0) // TILE_ROWS)[None]
-            energy_kn.scatter_add_(0, tile_n, (here_n * self.on_token_n.square() * (1 - 2 * p_n))[None])
+        if self.has_token:
+            self._add_at_tokens(energy_kn, self.at_token_n.square() - self.without_token_n.square())
         # A soft cap keeps tiles from having a mean: see _skipped_hidden. There whole tokens are skipped.
         return energy_kn if self.problem.head.softcap is None else energy_kn.sum(0, keepdim=True)
 
@@ -109,7 +109,7 @@ class CpuEngine:
         self.ops.block_gradient(
             self.hidden_nH, self.problem.head.weight, self.stored_e, self.stored_gap if with_gap else None,
             _padded(self.on_e_kn), _padded(self.on_gap_kn * self.parts_fkn[GAP_SCALE]) if with_gap else None,
-            self.token_n, None if self.token_n is None else self.on_token_n,
+            *((self.token_n, self.at_token_n) if self.has_token else (None, None)),
             None if kept_kn is None else kept_kn.expand(self.tiles, -1).contiguous(), grad_nH, self.grad_weight,
             self.grad_bias, self.accumulate_weight,
         )  # fmt: skip
@@ -130,11 +130,14 @@ class CpuEngine:
             tiles = self.problem.head.weight.split(TILE_ROWS)
             self.mean_rows_KH = torch.stack([tile.mean(0, dtype=torch.float32) for tile in tiles])
         sum_kn = self.on_e_kn * self.parts_fkn[moments.SUM]
-        if self.token_n is not None:
-            here_n = (self.token_n >= 0) & (self.token_n < self.rows)
-            tile_1n = (self.token_n.where(here_n, 0) // TILE_ROWS)[None]
-            sum_kn = sum_kn.scatter_add(0, tile_1n, (here_n * self.on_token_n)[None])
+        if self.has_token:
+            self._add_at_tokens(sum_kn, self.at_token_n - self.without_token_n)
         return sum_kn.masked_fill(kept_kn, 0.0).T @ self.mean_rows_KH
+
+    def _add_at_tokens(self, x_kn: Tensor, more_n: Tensor) -> None:
+        """Add to each token's tile that holds its sampled token, if this rank's head does."""
+        here_n = (self.token_n >= 0) & (self.token_n < self.rows)
+        x_kn.scatter_add_(0, (self.token_n.where(here_n, 0) // TILE_ROWS)[None], torch.where(here_n, more_n, 0.0)[None])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.grad_hidden, self.grad_weight, self.grad_bias

@@ -90,7 +90,7 @@ def _narrow(wide_VH: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _keep(energy_kn: Tensor, tolerance: float, shards: Shards) -> Tensor:
-    """[K, n] bool: False for parts of tokens that together hold no more than tolerance^2 of the gradient's squared norm.
+    """[K, n] bool: False for parts of tokens that together hold at most tolerance^2 of the gradient's squared norm.
 
     A threshold from a histogram over the leading bits of the energies: within 1/16 of the best there is, in one pass.
     """

@@ -19,6 +19,7 @@ from opsdl.losses.arguments import (
     check_head,
     check_pair,
     check_scalars,
+    check_token_values,
     check_tokens,
     check_vocab_size,
     skip_limit,
@@ -52,52 +53,46 @@ def fused_reverse_kl(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Token-level KL(student || teacher) from hidden states, logits never materialised; the teacher is detached.
 
-    student_hidden [..., Hs], student_weight [V, Hs]; teacher_hidden [..., Ht], teacher_weight [V, Ht], or None when
-    the teacher uses the student's head (and its bias): a live self-teacher. Biases [V]. A head may be a DTensor, which is
-    gathered once. mask [...] bool, False drops the token, which may then hold anything. token_weights [...] multiply the
-    tokens' losses; they get no gradient. Logits are softcap * tanh(z / softcap) / temperature for both; the loss carries
-    no temperature^2 factor. vocab_size: entries of the real vocabulary; rows of either head after it are padding, with no
-    logits and zero gradient. A logit of -inf has no mass; a teacher at -inf where the student has mass gives inf.
+    student_hidden [..., Hs], student_weight [V, Hs]; teacher_hidden [..., Ht], teacher_weight [V, Ht], or None when the
+    teacher uses the student's head (and its bias): a live self-teacher. Biases [V]. A head may be a DTensor, which is
+    gathered once. mask [...] bool, False drops the token, which may then hold anything. token_weights [...] multiply
+    the tokens' losses; they get no gradient. Logits are softcap * tanh(z / softcap) / temperature for both; the loss
+    carries no temperature^2 factor. vocab_size: entries of the real vocabulary; rows of either head after it are
+    padding, with no logits and zero gradient. A logit of -inf has no mass; a teacher at -inf where the student has mass
+    gives inf.
 
     beta: divergence beta KL(q || m) + (1 - beta) KL(p || m) with m = (1 - beta) p + beta q, of student p and teacher q;
     1 is the reverse KL(p || q), 0 the forward KL(q || p). Other than 1 needs backend "torch". clip: upper limit of one
     token's loss, in nats; a clipped token has no gradient.
 
-    reduction "mean" divides by the number of unmasked tokens (a mask of all False gives 0 with zero gradient),
-    "sum" adds, "none" returns [...]. return_stats also returns, without another pass, per-token kl, student_lse,
-    teacher_lse, entropy (of the student), with `tokens` [...] int64 the gap at those tokens, and with a skip_tolerance
-    the skipped share of each token's gradient products, each [...], float32 (float64 for float64), without gradient, 0 for masked tokens.
+    reduction "mean" divides by the number of unmasked tokens (a mask of all False gives 0 with zero gradient), "sum"
+    adds, "none" returns [...]. return_stats also returns, without another pass, per-token kl, student_lse, teacher_lse,
+    entropy (of the student), with `tokens` [...] int64 the gap at those tokens, and with a skip_tolerance the skipped
+    share of each token's gradient products, each [...], float32 (float64 for float64), without gradient, 0 for masked
+    tokens.
 
-    skip_tolerance: tokens, and with backend "cpu" tiles of 128 vocabulary entries of a token, whose gradients together are
-    below this fraction (relative Frobenius norm, for the logits) are left out of the backward's products; None is exact,
-    "auto" 1/40 of the dtype's eps, which keeps the bf16 gradient of real models within 0.3 %. "triton" skips whole tokens, by an estimate of their gradients from the KL.
+    skip_tolerance: tokens, and with backend "cpu" tiles of 128 vocabulary entries of a token, whose gradients together
+    are below this fraction (relative Frobenius norm, for the logits) are left out of the backward's products; None is
+    exact, "auto" 1/40 of the dtype's eps, which keeps the bf16 gradient of real models within 0.3 %. "triton" skips
+    whole tokens, by an estimate of their gradients from the KL.
 
     vocab_group: heads and biases are this rank's consecutive rows, hidden states and masks the same on every rank; the
     hidden gradient comes back summed over ranks, the head's for this rank's rows.
 
-    backend: "reference" the formula on materialised logits; "torch" blocks of tokens in torch; "cpu" the C++ of csrc/cpu;
-    "triton" the kernels of kernels/; "auto" the best that is there. Products are in the dtype of the hidden states, or of
-    autocast, accumulated and continued in float32.
+    backend: "reference" the formula on materialised logits; "torch" blocks of tokens in torch; "cpu" the C++ of
+    csrc/cpu; "triton" the kernels of kernels/; "auto" the best that is there. Products are in the dtype of the hidden
+    states, or of autocast, accumulated and continued in float32.
 
     Source: arXiv 2604.17535; design, "Losses". Raises ValueError naming the argument, its shape and what was expected.
     NaN in an unmasked token gives a NaN loss.
     """
     check_divergence(beta, clip)
     pair = _Pair(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-    if tokens is not None:
-        check_tokens(tokens, student_hidden.shape[:-1])
+    pair.check_teacher()
     options = _Options(
-        mask,
-        token_weights,
-        temperature,
-        softcap,
-        vocab_size,
-        reduction,
-        skip_tolerance,
-        vocab_group,
-        backend,
+        mask, token_weights, temperature, softcap, vocab_size, reduction, skip_tolerance, vocab_group, backend,
         return_stats,
-    )
+    )  # fmt: skip
     return _run("kl", pair, tokens, options, beta, clip)
 
 
@@ -122,28 +117,20 @@ def fused_policy_reverse_kl(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """The paper's sampled-token loss: -A log p(token), A = sg[log q(token) - log p(token)] (arXiv 2604.17535, eq. 2, 3).
+    """The paper's sampled-token loss: -A log p(token), A = sg[log q(token) - log p(token)] (arXiv 2604.17535, eq. 2 f).
 
-    tokens [...] int64 are the sampled tokens; where they were drawn from p, the expected gradient of the sum equals that
-    of `fused_reverse_kl`. baseline "kl" adds KL(student || teacher) to the advantage: same mean, less variance.
+    tokens [...] int64 are the sampled tokens; where they were drawn from p, the expected gradient of the sum equals
+    that of `fused_reverse_kl`. baseline "kl" adds KL(student || teacher) to the advantage: same mean, less variance.
     Everything else as in `fused_reverse_kl`; the stats have `gap` and `advantage` too.
     """
     if baseline not in (None, "kl"):
         raise ValueError(f"baseline: {baseline!r}; expected None or 'kl'")
     pair = _Pair(student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
-    check_tokens(tokens, student_hidden.shape[:-1])
+    pair.check_teacher()
     options = _Options(
-        mask,
-        token_weights,
-        temperature,
-        softcap,
-        vocab_size,
-        reduction,
-        skip_tolerance,
-        vocab_group,
-        backend,
+        mask, token_weights, temperature, softcap, vocab_size, reduction, skip_tolerance, vocab_group, backend,
         return_stats,
-    )
+    )  # fmt: skip
     return _run("policy" if baseline is None else "policy with kl baseline", pair, tokens, options)
 
 
@@ -170,19 +157,10 @@ def fused_log_prob(
     since sums of it make SFT, DPO, LongPO.
     """
     pair = _Pair(hidden, weight, bias, None, None, None)
-    check_tokens(tokens, hidden.shape[:-1])
     options = _Options(
-        mask,
-        token_weights,
-        temperature,
-        softcap,
-        vocab_size,
-        reduction,
-        skip_tolerance,
-        vocab_group,
-        backend,
+        mask, token_weights, temperature, softcap, vocab_size, reduction, skip_tolerance, vocab_group, backend,
         return_stats,
-    )
+    )  # fmt: skip
     return _run("log_prob", pair, tokens, options)
 
 
@@ -196,6 +174,10 @@ class _Pair:
     teacher_hidden: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+
+    def check_teacher(self) -> None:
+        if self.teacher_hidden is None:
+            raise ValueError("teacher_hidden: None; expected floating point [..., H]")
 
     def check(self, vocab_size: int | None, vocab_group: dist.ProcessGroup | None) -> None:
         if self.teacher_weight is None and self.teacher_bias is not None:
@@ -244,13 +226,18 @@ def _run(
     pair = pair.gathered()
     pair.check(options.vocab_size, options.vocab_group)
     check_scalars(options.temperature, options.softcap)
+    if tokens is not None:
+        check_tokens(tokens, pair.student_hidden)
     leading = pair.student_hidden.shape[:-1]
     dtype = _product_dtype(pair)
     device = pair.student_hidden.device
-    scale_N = token_scale(leading, options.mask, options.token_weights, options.reduction, dtype, device)
+    scale_N = token_scale(pair.student_hidden, options.mask, options.token_weights, options.reduction, dtype)
     limit = skip_limit(options.skip_tolerance, dtype)
     backend = choose(options.backend, dtype, device, beta, options.vocab_group)
     if backend == "reference":
+        if tokens is not None:
+            check_token_values(tokens.flatten(), scale_N, options.vocab_size or len(pair.student_weight))
+            tokens = tokens.where(scale_N.reshape(leading) != 0, 0)
         loss, stats = _by_formula(kind, pair, tokens, options, beta, clip)
         stats = {name: x.masked_fill(scale_N.reshape(leading) == 0, 0.0) for name, x in stats.items()}
         return (loss, stats) if options.return_stats else loss

@@ -50,25 +50,30 @@ def finish(
         if clip is None:
             return value_n, Factors(ones, zeros, zeros)
         return value_n.clamp(max=clip), Factors((value_n <= clip).to(ones.dtype), zeros, zeros)
-    log_p = z_n - stats["student_lse"]
+    log_p = (z_n - stats["top"]) - stats["log_sum"]
     if kind == "log_prob":
         return log_p, Factors(zeros, -ones, ones)
-    advantage = stats["student_lse"] - stats["teacher_lse"] - stats["gap"]
+    advantage = stats["lse_difference"] - stats["gap"]
     if kind == "policy with kl baseline":
         advantage = advantage + stats["kl"]
     stats["advantage"] = advantage
     return -advantage * log_p, Factors(zeros, advantage, -advantage)
 
 
-def jensen_shannon(beta: float, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Terms d with sum_v p d = the divergence of beta, and f with gradient p (f - sum_v p f), from log p - log q.
+def jensen_shannon(beta: float, log_p: Tensor, log_q: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms d with sum_v d = the divergence of beta, and f with gradient f - p sum_v f, from x = log q - log p too.
 
-    beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q; beta 0 is the forward KL(q || p). The terms of d
-    that are linear in the ratio add to zero over the vocabulary, and are left out.
+    beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q; beta 0 is the forward KL(q || p). p may
+    underflow where q does not, so nothing is taken times p that is not of its size.
     """
-    x = -log_ratio.clamp(min=-80.0)  # log q - log p
-    growth = torch.expm1(x)
+    p, q = log_p.exp(), log_q.exp()
+    near = x.clamp(max=1.0)
     if beta == 0:
-        return x * (growth + 1) - growth, -(growth + 1)
-    to_mixture = -torch.log1p(beta * growth)  # log p - log m
-    return (1 - beta) * to_mixture + beta * (growth + 1) * (to_mixture + x), (1 - beta) * to_mixture
+        # sum (q - p) = 0, and with it no term cancels another; q - p from the larger part of it.
+        difference = torch.where(x > 1, q - p, p * torch.expm1(near))
+        return torch.where(q > 0, q * x, 0.0) - difference, -q
+    # log m - log p and log m - log q, from the larger of p and q
+    over_p = torch.where(x > 1, x + torch.log(beta + (1 - beta) * torch.exp(-x)), torch.log1p(beta * torch.expm1(near)))
+    over_q = torch.where(x > 1, torch.log(beta + (1 - beta) * torch.exp(-x)), over_p - near)
+    from_p, from_q = torch.where(p > 0, -p * over_p, 0.0), torch.where(q > 0, -q * over_q, 0.0)
+    return (1 - beta) * from_p + beta * from_q, (1 - beta) * from_p

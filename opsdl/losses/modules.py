@@ -19,7 +19,7 @@ class _Loss(nn.Module):
 
 
 class FusedReverseKL(_Loss):
-    """`fused_reverse_kl` with its scalar options kept: FusedReverseKL(temperature=2.0)(student_hidden, weight, teacher_hidden)."""
+    """`fused_reverse_kl` with its scalars kept: FusedReverseKL(temperature=2.0)(hidden, head, teacher_hidden)."""
 
     def forward(
         self,

@@ -1,7 +1,8 @@
 """The loss math that all backends share: what one pass over the vocabulary must bring home, and what follows from it.
 
 A backend cuts the vocabulary into parts and reports seven numbers of each part and token, taken over the part's entries
-v with e_v = exp(z_v - max), z the student's logits and gap = student minus teacher logit:
+v with e_v = exp(z_v - max), z the student's logits and gap = student minus teacher logit; where z is -inf, gap is minus
+the teacher's logit, and counts for the teacher only:
 
     MAX            max z                       -inf where the part holds nothing but padding
     SUM            sum e
@@ -36,7 +37,8 @@ def expm1_residual(x: Tensor) -> Tensor:
 
 def measure(z_nV: Tensor, gap_nV: Tensor) -> Tensor:
     """The moments [7, n] of one part, from its logits: what every kernel computes, written in torch."""
-    present = z_nV > -torch.inf  # padding has no mass under the student, so the teacher's logit there does not matter
+    present = z_nV > -torch.inf
+    teacher_nV = torch.where(present, z_nV, 0.0) - gap_nV
     gap_nV = torch.where(present, gap_nV, 0.0)
     max_n1 = z_nV.amax(-1, keepdim=True)
     below_nV = torch.where(present, z_nV - max_n1, 0.0)
@@ -45,9 +47,8 @@ def measure(z_nV: Tensor, gap_nV: Tensor) -> Tensor:
     share_nV = e_nV / sum_n.clamp(min=1)[:, None]  # a part with any entry has SUM >= 1
     gap_n = (share_nV * gap_nV).sum(-1)
     spread_n = (share_nV * expm1_residual((gap_n[:, None] - gap_nV).clamp(max=80.0))).sum(-1)
-    teacher_nV = torch.where(present, z_nV - gap_nV, z_nV)
     teacher_max_n1 = teacher_nV.amax(-1, keepdim=True)
-    teacher_sum_n = torch.where(present, (teacher_nV - teacher_max_n1).exp(), 0.0).sum(-1)
+    teacher_sum_n = torch.where(teacher_nV > -torch.inf, (teacher_nV - teacher_max_n1).exp(), 0.0).sum(-1)
     offset_n = (share_nV * below_nV).sum(-1)
     return torch.stack([max_n1[:, 0], sum_n, offset_n, gap_n, spread_n, teacher_max_n1[:, 0], teacher_sum_n])
 
@@ -59,7 +60,7 @@ def merge(parts_7Kn: Tensor) -> Tensor:
     scaled = torch.where(tops > -torch.inf, sums * (tops - top).exp(), 0.0)
     total = scaled.sum(0)
     share = scaled / total
-    gap = (share * gaps).sum(0)
+    gap = torch.where(share > 0, share * gaps, 0.0).sum(0)
     # Means that lie 80 apart mean a KL that `statistics` takes from the logsumexps; the limit keeps inf * 0 away.
     shift = (gap - gaps).clamp(max=80.0)
     # Nor may a spread overflow where there is no share of it left.
@@ -72,19 +73,31 @@ def merge(parts_7Kn: Tensor) -> Tensor:
 
 
 def statistics(moments_7n: Tensor) -> dict[str, Tensor]:
-    """kl, student_lse, teacher_lse, entropy (of the student, nats) and mean_gap of each token [n]."""
+    """kl, student_lse, teacher_lse, entropy (of the student, nats) and mean_gap of each token [n].
+
+    And what log probabilities are made of without rounding to the size of the logits: log p = (z - top) - log_sum, of
+    the teacher (z - gap - teacher_top) - teacher_log_sum, and lse_difference, student minus teacher.
+    """
     top, total, offset, gap, spread, teacher_top, teacher_total = moments_7n
-    student_lse = top + total.log()
-    near = torch.log1p(spread)
-    far = (gap - (top - teacher_top)) - (total.log() - teacher_total.log())
+    log_sum, teacher_log_sum = total.log(), teacher_total.log()
+    student_lse = top + log_sum
+    far_difference = (top - teacher_top) + (log_sum - teacher_log_sum)
+    near, far = torch.log1p(spread), gap - far_difference
     # Far apart exp(-c) overflows, and what the teacher favours may have no mass left under the student: there the plain
     # logsumexp form is the accurate one, and differs from the other by more than its own rounding.
     rounding = torch.finfo(gap.dtype).eps * (gap.abs() + top.abs() + teacher_top.abs() + 1)
-    kl = torch.where((near < 1) & ((far - near).abs() <= 64 * rounding), near, far.clamp(min=0))
+    is_near = (near < 1) & ((far - near).abs() <= 64 * rounding)
+    kl = torch.where(is_near, near, far.clamp(min=0))
+    lse_difference = torch.where(is_near, gap - kl, far_difference)  # from KL = mean gap - lse_s + lse_t
     return {
+        "top": top,
+        "log_sum": log_sum,
+        "teacher_top": teacher_top,
+        "teacher_log_sum": teacher_log_sum,
+        "lse_difference": lse_difference,
         "kl": kl,
         "student_lse": student_lse,
-        "teacher_lse": student_lse - gap + kl,  # from KL = mean gap - lse_s + lse_t
-        "entropy": total.log() - offset,
+        "teacher_lse": student_lse - lse_difference,
+        "entropy": log_sum - offset,
         "mean_gap": gap,
     }

@@ -1,7 +1,8 @@
 """The losses as registered operators: what autograd, torch.compile and torch.library.opcheck see.
 
     opsdl::reduced_loss(..., scale)       sum of value * scale, with its gradients taken in the same pass
-    opsdl::token_losses(..., scale)       value * scale of each token; opsdl::token_losses_backward runs the pass again with
+    opsdl::token_losses(..., scale)       value * scale of each token; opsdl::token_losses_backward runs the pass again
+    with
                                           the gradient that arrived for each token
 
 All three take the same arguments (`_ARGUMENTS`), flat: hidden [N, H], heads [V, H], tokens and scale [N].
@@ -34,8 +35,6 @@ def _problem(
     group = dist.distributed_c10d._resolve_process_group(group) if group else None
     head = Head(weight[:vocab_size], None if bias is None else bias[:vocab_size], temperature, softcap)
     shards = Shards.of(vocab_size, group, hidden.device)
-    if tokens is not None:
-        check_token_values(tokens, shards.total)
     if teacher_hidden is None:
         second = None
     elif teacher_weight is None:
@@ -51,7 +50,10 @@ def _problem(
 def _run(arguments: tuple, scale_N: Tensor, wanted: list[bool]) -> driver.Result:
     *rest, backend, _ = arguments
     with torch.autocast(scale_N.device.type, enabled=False):
-        return driver.run(_problem(*rest[:_SCALE], *rest[_SCALE + 1 :]), scale_N, tuple(wanted), backend)
+        problem = _problem(*rest[:_SCALE], *rest[_SCALE + 1 :])
+        if problem.tokens_N is not None:
+            check_token_values(problem.tokens_N, scale_N, problem.shards.total)
+        return driver.run(problem, scale_N, tuple(wanted), backend)
 
 
 def _gradients(result: driver.Result) -> list[Tensor]:

@@ -57,7 +57,7 @@ class Problem:
         return torch.float64 if self.hidden_NH.dtype == torch.float64 else torch.float32
 
     def local_tokens(self, tokens_n: Tensor) -> Tensor | None:
-        """Row of this rank's head for the sampled token of each position; outside the head where another rank has it."""
+        """Row of this rank's head for each position's sampled token; outside the head where another rank has it."""
         return None if self.tokens_N is None else self.tokens_N[tokens_n] - self.shards.start
 
 

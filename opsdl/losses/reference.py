@@ -21,7 +21,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: flo
     if bias is not None:
         z = z + bias
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z = torch.where(z > -torch.inf, softcap * torch.tanh(z / softcap), z)  # padding stays padding
     return z / temperature
 
 
@@ -44,10 +44,14 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> T
     if beta == 1:
         return reverse_kl(student_logits, teacher_logits)
     log_p, log_q = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    in_p, in_q = log_p > -torch.inf, log_q > -torch.inf
     if beta == 0:
-        return (log_q.exp() * (log_q - log_p)).sum(-1)
-    log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
-    return (beta * log_q.exp() * (log_q - log_m) + (1 - beta) * log_p.exp() * (log_p - log_m)).sum(-1)
+        return (log_q.exp() * torch.where(in_q, log_q - log_p, 0.0)).sum(-1)
+    some_p, some_q = (torch.where(in_p | in_q, x, 0.0) for x in (log_p, log_q))
+    log_m = torch.logaddexp(some_p + math.log(1 - beta), some_q + math.log(beta))
+    from_q = log_q.exp() * torch.where(in_q, log_q - log_m, 0.0)
+    from_p = log_p.exp() * torch.where(in_p, log_p - log_m, 0.0)
+    return (beta * from_q + (1 - beta) * from_p).sum(-1)
 
 
 def policy_reverse_kl(

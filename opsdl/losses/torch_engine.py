@@ -37,7 +37,7 @@ class TorchEngine:
         self.z_nV, self.slope_nV = _cap(raw_nV, head)
         self.gap_nV = torch.zeros_like(self.z_nV)
         if problem.second is not None:
-            self.gap_nV = torch.where(self.z_nV > -torch.inf, self._gap(raw_nV, problem.second.rows(tokens_n)), 0.0)
+            self.gap_nV = self._gap(raw_nV, problem.second.rows(tokens_n))
         picked_3n = self.z_nV.new_zeros(3, len(tokens_n))
         self.token_n = problem.local_tokens(tokens_n)
         if self.token_n is not None:
@@ -45,10 +45,14 @@ class TorchEngine:
             self.token_n = self.token_n.where(self.here_n, 0)[:, None]
             for row, x_nV in enumerate((self.z_nV, self.gap_nV)):
                 picked_3n[row] = torch.where(self.here_n, x_nV.gather(1, self.token_n)[:, 0], 0.0)
+            picked_3n[1].masked_fill_(picked_3n[0] == -torch.inf, -torch.inf)
         return moments.measure(self.z_nV, self.gap_nV)[:, None], picked_3n
 
     def _gap(self, student_nV: Tensor, second: Second) -> Tensor:
-        """Student minus teacher logit [n, V]; tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b) keeps a difference one."""
+        """Student minus teacher logit [n, V], minus the teacher's where the student has -inf (moments.py).
+
+        Under a soft cap tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b) keeps a difference one.
+        """
         head, wide = self.problem.head, self.problem.wide
         hidden_nK = second.hidden_NK.to(wide)
         if second.low_NK is not None:
@@ -56,29 +60,42 @@ class TorchEngine:
         shared = second.weight_VK is head.weight
         weight_VK = self.weight_VH if shared else second.weight_VK.to(second.hidden_NK.dtype).to(wide)
         raw_nV, is_difference = _product(hidden_nK, weight_VK, None), second.difference_N[:, None]
-        teacher_nV = raw_nV if second.bias_V is None else raw_nV + second.bias_V.to(wide)
-        if head.softcap is None:
-            return torch.where(is_difference, raw_nV / head.temperature, self.z_nV - teacher_nV / head.temperature)
-        grow = head.softcap / head.temperature
-        tanh_s, tanh_t = self.z_nV / grow, torch.tanh(teacher_nV / head.softcap)
-        tanh_gap = torch.tanh(raw_nV / head.softcap)
-        tanh_below = torch.tanh((student_nV - raw_nV) / head.softcap)
-        return torch.where(is_difference, tanh_gap * (1 - tanh_s * tanh_below), tanh_s - tanh_t) * grow
+        teacher_nV, _ = _cap(raw_nV if second.bias_V is None else raw_nV + second.bias_V.to(wide), head)
+        gap_nV = self.z_nV - teacher_nV
+        if is_difference.any():
+            difference_nV = raw_nV / head.temperature
+            if head.softcap is not None:
+                tanh_s, tanh_t, tanh_gap = (
+                    torch.tanh(x / head.softcap) for x in (student_nV, student_nV - raw_nV, raw_nV)
+                )
+                difference_nV = tanh_gap * (1 - tanh_s * tanh_t) * (head.softcap / head.temperature)
+            gap_nV = torch.where(is_difference, difference_nV, gap_nV)
+            teacher_nV = teacher_nV.masked_fill(is_difference, -torch.inf)  # the same head, so the same -inf
+        return torch.where(self.z_nV > -torch.inf, gap_nV, -teacher_nV)
 
     def mix(self, beta: float, stats: dict[str, Tensor]) -> Tensor:
-        """Take another divergence of the Jensen-Shannon family: its values [n]. Its gap and mean gap replace the KL's."""
-        sum_ = self.problem.shards.sum
-        p_nV = (self.z_nV - stats["student_lse"][:, None]).exp()
-        ratio_nV = self.gap_nV + (stats["teacher_lse"] - stats["student_lse"])[:, None]
-        terms_nV, self.gap_nV = jensen_shannon(beta, ratio_nV)
-        stats["mean_gap"] = sum_((p_nV * self.gap_nV).sum(-1))
-        return sum_((p_nV * terms_nV).sum(-1))
+        """Take another divergence of the Jensen-Shannon family: its values [n]. Its gradient replaces the KL's."""
+        sum_, present = self.problem.shards.sum, self.z_nV > -torch.inf
+        teacher_nV = torch.where(present, self.z_nV, 0.0) - self.gap_nV
+        log_q_nV = (teacher_nV - stats["teacher_top"][:, None]) - stats["teacher_log_sum"][:, None]
+        log_ratio_nV = stats["lse_difference"][:, None] - self.gap_nV
+        nowhere = ~present & (log_q_nV == -torch.inf)
+        log_ratio_nV = torch.where(present, log_ratio_nV, torch.inf).masked_fill(nowhere, 0.0)
+        terms_nV, self.mixed_nV = jensen_shannon(beta, self._log_p(stats), log_q_nV, log_ratio_nV)
+        self.mixed_sum_n = sum_(self.mixed_nV.sum(-1))
+        return sum_(terms_nV.sum(-1))
+
+    def _log_p(self, stats: dict[str, Tensor]) -> Tensor:
+        return (self.z_nV - stats["top"][:, None]) - stats["log_sum"][:, None]
 
     def prepare(self, stats: dict[str, Tensor], factors: Factors) -> None:
         """The gradient for the raw logits of the block."""
-        p_nV = (self.z_nV - stats["student_lse"][:, None]).exp()
-        centred_nV = self.gap_nV - stats["mean_gap"][:, None]
-        grad_nV = p_nV * (factors.on_gap[:, None] * centred_nV + factors.on_prob[:, None])
+        p_nV = self._log_p(stats).exp()
+        if self.problem.beta == 1:
+            centred_nV = torch.where(self.z_nV > -torch.inf, self.gap_nV - stats["mean_gap"][:, None], 0.0)
+            grad_nV = p_nV * (factors.on_gap[:, None] * centred_nV + factors.on_prob[:, None])
+        else:
+            grad_nV = factors.on_gap[:, None] * (self.mixed_nV - p_nV * self.mixed_sum_n[:, None])
         if self.token_n is not None:
             grad_nV.scatter_add_(1, self.token_n, (factors.on_token * self.here_n)[:, None])
         self.grad_nV = grad_nV * ((1 if self.slope_nV is None else self.slope_nV) / self.problem.head.temperature)
@@ -114,4 +131,5 @@ def _cap(raw_nV: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
     if head.softcap is None:
         return raw_nV / head.temperature if head.temperature != 1 else raw_nV, None
     tanh = torch.tanh(raw_nV / head.softcap)
-    return tanh * (head.softcap / head.temperature), 1 - tanh * tanh
+    z_nV = torch.where(raw_nV == -torch.inf, raw_nV, tanh * (head.softcap / head.temperature))  # padding stays padding
+    return z_nV, 1 - tanh * tanh
