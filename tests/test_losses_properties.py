@@ -218,8 +218,12 @@ def test_error_is_that_of_the_plain_formula(backend, dtype, data):
     # One unit of the logsumexps that are subtracted: by the truth in float64, far from KL 0 by any form of the KL, and by
     # every form of a log probability.
     size = sum(1 + true_stats[k].abs() for k in true_stats if "lse" in k)
+    of_kl = torch.zeros_like(size)
+    if "kl" in true_stats:
+        apart = (true_stats["kl"] > 0.5) | ((true_stats["student_lse"] - true_stats["teacher_lse"]).abs() > 40)
+        of_kl = 2**-52 + unit * apart
     if case.kind == "kl":
-        single = single + size * (2**-52 + unit * (true_stats["kl"] > 0.5))
+        single = single + size * of_kl
     elif case.kind == "log_prob":
         single = single + size * unit
     else:
@@ -237,11 +241,12 @@ def test_error_is_that_of_the_plain_formula(backend, dtype, data):
     rounding = [size_NV @ weight, size_NV.mT @ hidden, size_NV.sum(0)]
     for place, (got, true) in enumerate(zip(gradients, true_gradients, strict=True)):
         allowed = sum(distance(outcome[1][place], true) for outcome in outcomes)
-        assert_near(got, true, allowed + float(rounding[place].norm()))
+        if truth.isfinite().all():
+            assert_near(got, true, allowed + float(rounding[place].norm()))
     for name, x in stats.items():
         errors = [distance(outcome[2][name], true_stats[name]) for outcome in outcomes]
-        own = unit if name in ("gap", "advantage") else 2**-52
-        assert_near(x, true_stats[name], sum(errors) + own * float(size.norm()))
+        own = of_kl if name == "kl" else unit
+        assert_near(x, true_stats[name], sum(errors) + float((own * size).norm()))
     if "kl" in stats:
         assert (stats["kl"] >= 0).all()
 

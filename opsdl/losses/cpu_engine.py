@@ -42,7 +42,7 @@ class CpuEngine:
         columns = -(-min(self.block, count) // PANEL) * PANEL
         length = [self.tiles * TILE_ROWS * columns if any(self.wanted) else 0]
         self.stored_e, self.stored_gap = (self.ops.empty_huge(length, self.stored) for _ in range(2))
-        hidden_dtype = problem.hidden_NH.dtype if problem.shards.group is None else torch.float32
+        hidden_dtype = problem.grad_dtypes[0] if problem.shards.group is None else torch.float32
         self.grad_hidden = torch.zeros(problem.hidden_NH.shape, dtype=hidden_dtype) if want_hidden else None
         self.grad_weight = None
         if want_weight:

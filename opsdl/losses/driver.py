@@ -25,7 +25,7 @@ ENGINES = {"torch": TorchEngine, "cpu": CpuEngine, "triton": TritonEngine}
 class Result(NamedTuple):
     values_N: Tensor
     stats_SN: Tensor  # rows as in kinds.names
-    grad_hidden: Tensor | None  # [N, H]
+    grad_hidden: Tensor | None  # [N, H]; dtypes as in Problem.grad_dtypes
     grad_weight: Tensor | None  # [V, H]
     grad_bias: Tensor | None  # [V]
 
@@ -58,12 +58,13 @@ def run(problem: Problem, scale_N: Tensor, wanted: tuple[bool, bool, bool], back
             if name in stats:
                 stats_SN[row, tokens_n] = stats[name]
     grad_hidden, grad_weight, grad_bias = engine.gradients()
+    hidden_dtype, weight_dtype, bias_dtype = problem.grad_dtypes
     if wanted[0]:
-        grad_hidden = problem.shards.sum(grad_hidden).to(problem.hidden_NH.dtype)
+        grad_hidden = problem.shards.sum(grad_hidden).to(hidden_dtype)
     if wanted[1]:
-        grad_weight = _narrow(grad_weight, problem.head.weight.dtype)
+        grad_weight = _narrow(grad_weight, weight_dtype)
     if wanted[2]:
-        grad_bias = grad_bias.to(problem.head.bias.dtype)
+        grad_bias = grad_bias.to(bias_dtype)
     return Result(values_N, stats_SN, grad_hidden, grad_weight, grad_bias)
 
 

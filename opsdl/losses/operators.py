@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opsdl.losses import driver, kinds
 from opsdl.losses.arguments import check_token_values
-from opsdl.losses.problem import Head, Problem, own_head, shared_head
+from opsdl.losses.problem import Head, Problem, kept, own_head, shared_head
 from opsdl.losses.shards import Shards
 
 _ARGUMENTS = (
@@ -92,7 +92,9 @@ def _fake_stats(arguments: tuple) -> Tensor:
 
 def _fake_gradients(arguments: tuple) -> list[Tensor]:
     pairs = zip(arguments[:_DIFFERENTIABLE], arguments[_WANTED], strict=True)
-    return [x.new_empty(x.shape) if wanted else arguments[_SCALE].new_empty(0) for x, wanted in pairs]
+    return [
+        x.new_empty(x.shape, dtype=kept(x.dtype)) if wanted else arguments[_SCALE].new_empty(0) for x, wanted in pairs
+    ]
 
 
 def _fake_reduced_loss(*arguments):
@@ -110,6 +112,7 @@ def _fake_token_losses_backward(*arguments):
 def _keep_gradients(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # no zeros of a head's size in the place of gradients that nobody sends
     ctx.wanted, ctx.yielded = inputs[_WANTED:]
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:_DIFFERENTIABLE]]
     ctx.save_for_backward(*output[2:])
 
 
@@ -118,7 +121,8 @@ def _scale_gradients(ctx, grad, *_):
     if grad is None:
         return (None,) * (_WANTED + 2)
     times = _times_in_place if ctx.yielded and type(grad) is Tensor else torch.mul
-    gradients = (times(x, grad) if wanted else None for x, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True))
+    saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    gradients = (times(x, grad).to(dtype) if wanted else None for x, dtype, wanted in saved)
     return (*gradients, *(None,) * (_WANTED + 2 - _DIFFERENTIABLE))
 
 
@@ -141,7 +145,8 @@ def _run_again(ctx, grad_N, _):
         return (None,) * (_WANTED + 1)
     *tensors, scale_N = ctx.saved_tensors
     gradients = torch.ops.opsdl.token_losses_backward(*tensors, scale_N * grad_N, *ctx.rest)
-    wanted = (x if want else None for x, want in zip(gradients, ctx.rest[-1], strict=True))
+    inputs = zip(gradients, tensors[:_DIFFERENTIABLE], ctx.rest[-1], strict=True)
+    wanted = (x.to(given.dtype) if want else None for x, given, want in inputs)
     return (*wanted, *(None,) * (_WANTED + 1 - _DIFFERENTIABLE))
 
 

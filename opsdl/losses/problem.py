@@ -36,6 +36,11 @@ class Second(NamedTuple):
         )
 
 
+def kept(dtype: torch.dtype) -> torch.dtype:
+    """dtype in which a gradient waits for the factor that the backward brings: float16 might have lost it by then."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 @dataclass(frozen=True)
 class Problem:
     """What to compute. kind: "kl", "policy", "policy with kl baseline" or "log_prob"."""
@@ -55,6 +60,12 @@ class Problem:
     def wide(self) -> torch.dtype:
         """dtype of everything that is no operand of a matrix product."""
         return torch.float64 if self.hidden_NH.dtype == torch.float64 else torch.float32
+
+    @property
+    def grad_dtypes(self) -> list[torch.dtype]:
+        """Of dHidden, dWeight and dBias: kept(dtype) of each."""
+        bias = self.head.bias if self.head.bias is not None else self.head.weight
+        return [kept(x.dtype) for x in (self.hidden_NH, self.head.weight, bias)]
 
     def local_tokens(self, tokens_n: Tensor) -> Tensor | None:
         """Row of this rank's head for each position's sampled token; outside the head where another rank has it."""
