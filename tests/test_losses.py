@@ -246,7 +246,7 @@ def test_skipped_tokens_keep_the_promised_accuracy(tolerance, backend):
             h16, w16, teacher, skip_tolerance=skip_tolerance, return_stats=True, backend=backend
         )
         gradients.append(torch.autograd.grad(loss, (h, w)))
-    bound = torch.finfo(torch.bfloat16).eps / 40 if tolerance == "auto" else tolerance
+    bound = torch.finfo(torch.bfloat16).eps / 20 if tolerance == "auto" else tolerance
     assert 0.02 < stats["skipped"].mean() < 0.98
     # The bound is on dlogits; the products with head and hidden states spread errors about as they spread the signal.
     for exact, got in zip(*gradients, strict=True):

@@ -28,6 +28,11 @@ inline Vec load(const c10::Half* x) {
 
 inline Vec load(const float* x) { return _mm512_loadu_ps(x); }
 
+inline Vec load(const c10::BFloat16* x) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 inline void store(float* x, Vec v) { _mm512_storeu_ps(x, v); }
 
 inline void store(c10::Half* x, Vec v) {

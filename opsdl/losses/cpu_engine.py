@@ -1,10 +1,14 @@
-"""The losses on the CPU: a block of tokens goes through the two operators of csrc/cpu/linear_loss.cpp.
+"""The losses on the CPU: a block of tokens goes through the operators of csrc/cpu/{moments,gradient}.cpp.
 
 Between them lie two numbers for every logit of the block, of 2 bytes with bf16 products and 4 with float32; the block
 is as large as 1 KiB for every vocabulary entry and 36 MiB allow, for every block reads and writes the whole of dWeight.
+With a skip_tolerance blocks are half as large, and the gradient that their tiles keep is put aside: several blocks then
+share the products, and that reading and writing.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +17,20 @@ from opsdl.losses import moments
 from opsdl.losses.kinds import Factors
 from opsdl.losses.problem import Problem
 
-PANEL, TILE_ROWS = 64, 128  # of csrc/cpu/{gemm,tile}.h
+PANEL, TILE_ROWS, STEP_TILES = 64, 128, 2  # of csrc/cpu/{gemm.h,tile.h,gradient.cpp}
+SUM_BYTES = 16 << 20  # of the threads' sums of dHidden, with a skip_tolerance
 GAP_SCALE, SQUARE0, SQUARE1, SQUARE2 = range(7, 11)  # fields after those of moments.py
+
+
+class Kept(NamedTuple):
+    """What a block keeps: the gradient of its logits step by step, [256, kept tokens of the step] each."""
+
+    tokens_n: Tensor
+    hidden_nH: Tensor
+    grads: Tensor
+    offsets: Tensor  # [steps + 1]
+    which: Tensor  # place of the kept tokens among those of all blocks put aside, step by step
+    skipped_nH: Tensor | None
 
 
 class CpuEngine:
@@ -32,6 +48,11 @@ class CpuEngine:
         largest = problem.shards.largest
         budget = 1024 * largest + (36 << 20)
         token_bytes = 2 * self.stored.itemsize * largest + 4 * size * torch.get_num_threads()
+        self.kept: list[Kept] = []
+        if problem.skip_tolerance > 0:
+            budget //= 2
+            self.kept_tokens = SUM_BYTES // (4 * size * torch.get_num_threads())
+            self.kept_bytes = max(0, budget - SUM_BYTES)
         self.block = max(PANEL, budget // token_bytes // PANEL * PANEL)
         self.only_block = count <= self.block
         self._allocate(count)
@@ -93,31 +114,76 @@ class CpuEngine:
             self.at_token_n = self.without_token_n + factors.on_token * self.picked_3n[2]
 
     def energy(self) -> Tensor:
-        """Squared norm of each token's gradient for the raw logits of each tile, [K, n] or [1, n], from the moments."""
+        """Squared norm of each token's gradient for the raw logits of each step, [S, n] or [1, n], from the moments."""
         square0, square1, square2 = self.parts_fkn[SQUARE0:]
         energy_kn = self.on_gap_kn.square() * square2 + 2 * self.on_gap_kn * self.on_e_kn * square1
         energy_kn += self.on_e_kn.square() * square0
         if self.has_token:
             self._add_at_tokens(energy_kn, self.at_token_n.square() - self.without_token_n.square())
         # A soft cap keeps tiles from having a mean: see _skipped_hidden. There whole tokens are skipped.
-        return energy_kn if self.problem.head.softcap is None else energy_kn.sum(0, keepdim=True)
+        if self.problem.head.softcap is not None:
+            return energy_kn.sum(0, keepdim=True)
+        return (
+            torch.nn.functional.pad(energy_kn, (0, 0, 0, -self.tiles % STEP_TILES))
+            .unflatten(0, (-1, STEP_TILES))
+            .sum(1)
+        )
 
-    def accumulate(self, kept_kn: Tensor | None) -> None:
-        """Add the block's gradients; kept [K, n] or [1, n] says which tiles of which tokens have one."""
+    def accumulate(self, kept_sn: Tensor | None) -> None:
+        """Add the block's gradients; kept [S, n] or [1, n] says which steps of which tokens have one."""
+        if kept_sn is not None:
+            return self._select(kept_sn)
         grad_nH = torch.empty(self.hidden_nH.shape) if self.wanted[0] else None
-        with_gap = self.problem.second is not None
         self.ops.block_gradient(
-            self.hidden_nH, self.problem.head.weight, self.stored_e, self.stored_gap if with_gap else None,
-            _padded(self.on_e_kn), _padded(self.on_gap_kn * self.parts_fkn[GAP_SCALE]) if with_gap else None,
-            *((self.token_n, self.at_token_n) if self.has_token else (None, None)),
-            None if kept_kn is None else kept_kn.expand(self.tiles, -1).contiguous(), grad_nH, self.grad_weight,
-            self.grad_bias, self.accumulate_weight,
+            self.hidden_nH, self.problem.head.weight, *self._stored(), grad_nH, self.grad_weight, self.grad_bias,
+            self.accumulate_weight,
         )  # fmt: skip
         self.accumulate_weight = True
         if grad_nH is not None:
-            if kept_kn is not None and self.problem.head.softcap is None:
-                grad_nH += self._skipped_hidden(kept_kn)
             self.grad_hidden[self.tokens_n] = grad_nH.to(self.grad_hidden.dtype)
+
+    def _stored(self) -> tuple[Tensor | None, ...]:
+        """What block_moments stored, its factors, and the gradient at the sampled tokens."""
+        tokens = (self.token_n, self.at_token_n) if self.has_token else (None, None)
+        if self.problem.second is None:
+            return self.stored_e, None, _padded(self.on_e_kn), None, *tokens
+        on_gap_kn = _padded(self.on_gap_kn * self.parts_fkn[GAP_SCALE])
+        return self.stored_e, self.stored_gap, _padded(self.on_e_kn), on_gap_kn, *tokens
+
+    def _select(self, kept_sn: Tensor) -> None:
+        """Put the gradient of the kept steps aside, until there is room for no more."""
+        kept_sn = kept_sn.expand(-(-self.tiles // STEP_TILES), -1).contiguous()
+        offsets = torch.cat([kept_sn.new_zeros(1, dtype=torch.int64), kept_sn.sum(1).cumsum(0)])
+        skipped_nH = None
+        if self.wanted[0]:
+            skipped_nH = torch.zeros(self.hidden_nH.shape)
+            if self.problem.head.softcap is None:
+                skipped_nH = self._skipped_hidden(kept_sn.repeat_interleave(STEP_TILES, 0)[: self.tiles])
+        held = sum(kept.grads.nbytes for kept in self.kept)
+        tokens_held = sum(len(kept.tokens_n) for kept in self.kept)
+        more = int(offsets[-1]) * STEP_TILES * TILE_ROWS * self.operand.itemsize
+        if self.kept and (held + more > self.kept_bytes or tokens_held + len(self.tokens_n) > self.kept_tokens):
+            self._flush()
+            tokens_held = 0
+        grads = self.ops.select_gradient(*self._stored(), kept_sn, offsets, self.rows)
+        which = kept_sn.nonzero()[:, 1] + tokens_held
+        self.kept.append(Kept(self.tokens_n, self.hidden_nH, grads, offsets, which, skipped_nH))
+
+    def _flush(self) -> None:
+        """The products with what `_select` put aside."""
+        if not self.kept:
+            return
+        tokens_n, hidden_nH = (torch.cat([kept[i] for kept in self.kept]) for i in (0, 1))
+        grad_nH = torch.empty(hidden_nH.shape) if self.wanted[0] else None
+        self.ops.selected_gradient(
+            hidden_nH, self.problem.head.weight, *([kept[i] for kept in self.kept] for i in (2, 3, 4)), grad_nH,
+            self.grad_weight, self.grad_bias, self.accumulate_weight,
+        )  # fmt: skip
+        self.accumulate_weight = True
+        if grad_nH is not None:
+            grad_nH += torch.cat([kept.skipped_nH for kept in self.kept])
+            self.grad_hidden[tokens_n] = grad_nH.to(self.grad_hidden.dtype)
+        self.kept = []
 
     def _skipped_hidden(self, kept_kn: Tensor) -> Tensor:
         """What the skipped tiles add to dHidden if every entry had the tile's mean row of the head, [n, H].
@@ -140,6 +206,7 @@ class CpuEngine:
         x_kn.scatter_add_(0, (self.token_n.where(here_n, 0) // TILE_ROWS)[None], torch.where(here_n, more_n, 0.0)[None])
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self._flush()
         return self.grad_hidden, self.grad_weight, self.grad_bias
 
 

@@ -71,9 +71,9 @@ def fused_reverse_kl(
     share of each token's gradient products, each [...], float32 (float64 for float64), without gradient, 0 for masked
     tokens.
 
-    skip_tolerance: tokens, and with backend "cpu" tiles of 128 vocabulary entries of a token, whose gradients together
+    skip_tolerance: tokens, and with backend "cpu" tiles of 256 vocabulary entries of a token, whose gradients together
     are below this fraction (relative Frobenius norm, for the logits) are left out of the backward's products; None is
-    exact, "auto" 1/40 of the dtype's eps, which keeps the bf16 gradient of real models within 0.3 %. "triton" skips
+    exact, "auto" 1/20 of the dtype's eps, which keeps the bf16 gradient of real models within 0.3 %. "triton" skips
     whole tokens, by an estimate of their gradients from the KL.
 
     vocab_group: heads and biases are this rank's consecutive rows, hidden states and masks the same on every rank; the
