@@ -135,19 +135,23 @@ def cases(x: Inputs) -> dict[str, Callable[[], Callable[[], object]]]:
     """label -> a function that makes the step; ImportError where a peer is missing."""
     ours = lambda backend: lambda i: opsdl.fused_reverse_kl(i.hidden_NH, i.weight_VH, i.teacher_NH, backend=backend)  # noqa: E731
     far = torch.zeros(len(x.hidden_NH), dtype=torch.bool, device="cuda")
-    operands = (x.hidden_NH, x.weight_VH, None, x.teacher_NH, None, x.weight_VH, None, far, None, 1.0, None)
+    inputs = (x.hidden_NH, x.weight_VH, None, x.teacher_NH, None, x.weight_VH, None, far, None, 1.0, None)
 
     def moments() -> Callable[[], object]:
         from opsdl.kernels.forward import linear_moments
+        from opsdl.kernels.operands import Operands
 
-        return lambda: linear_moments(*operands)
+        operands = Operands.of(*inputs)
+        return lambda: linear_moments(operands)
 
     def gradient() -> Callable[[], object]:
         from opsdl.kernels.backward import linear_gradient
+        from opsdl.kernels.operands import Operands
 
-        factors = tuple(torch.full((len(far),), value, device="cuda") for value in (10.0, 0.0, 1e-4, 0.0, 0.0))
+        operands = Operands.of(*inputs)
+        factors = tuple(torch.full((len(far),), value, device="cuda") for value in (5.0, 5.0, 0.0, 1e-4, 0.0, 0.0))
         out = torch.empty_like(x.hidden_NH), torch.empty(x.weight_VH.shape, device="cuda"), None
-        return lambda: linear_gradient(*operands, factors, *out)
+        return lambda: linear_gradient(operands, factors, *out)
 
     return {
         "opsdl, backend triton": lambda: with_gradients(ours("triton"), x),

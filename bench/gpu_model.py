@@ -156,13 +156,14 @@ def count(N: int, H: int, V: int, split: bool, package: str = "opsdl.kernels") -
     low_NH = empty(N, H) if split else None
     gradients = empty(N, H), empty(V, H, dtype=torch.float32), None
     inputs = (hidden_NH, weight_VH, None, empty(N, H), low_NH, weight_VH, None, difference_N, None)
-    factors_5N = tuple(empty(N, dtype=torch.float32) for _ in range(5))
+    factors_6N = tuple(empty(N, dtype=torch.float32) for _ in range(6))
     forward, backward = (importlib.import_module(f"{package}.{name}") for name in KERNELS)
+    operands = importlib.import_module(f"{package}.operands").Operands.of(*inputs, 1.0, None)
     with recorders(package) as work, Allocations() as allocated:
-        moments_7SN, _ = forward.linear_moments(*inputs, 1.0, None)
+        moments_7SN, _ = forward.linear_moments(operands)
         work["moments"].workspace_bytes = moments_7SN.numel() * 4
         allocated.bytes.clear()
-        backward.linear_gradient(*inputs, 1.0, None, factors_5N, *gradients)
+        backward.linear_gradient(operands, factors_6N, *gradients)
         work["logit gradient"].workspace_bytes = sum(allocated.bytes)
     return work
 
@@ -224,12 +225,12 @@ def table(N: int, H: int, V: int, package: str = "opsdl.kernels") -> str:
 HEADER = """\
 # The kernels on an H100 SXM: a model, not a measurement
 
-Nothing here was timed. Reverse KL and its gradients for hidden states and head, one head for student and teacher,
-from the launches that the launchers make. A product is 2 N V H operations. **Tile loads** are what programs load
-for their tiles, most of it from L2, and FLOP/B the operations for each byte of it. **Memory** is what an L2 of 50
-MB does not serve when 132 programs run in step, and the results; products from the workspace, and TRL's six, are
-counted as if they read their operands once. **Workspace** is what is allocated besides dHidden and a float32 dHead.
-The **roofline** is the larger of operations / 989 TFLOP/s and memory / 3.35 TB/s, and for a whole the sum of its kernels'.
+Nothing here was timed. Reverse KL and its gradients for hidden states and head, one head for student and teacher, from
+the launches that the launchers make. A product is 2 N V H operations. **Tile loads** are what programs load for their
+tiles, most of it from L2, and FLOP/B the operations for each byte of it. **Memory** is what an L2 of 50 MB does not
+serve when 132 programs run in step, and the results; products from the workspace, and TRL's six, are counted as if they
+read their operands once. **Workspace** is what is allocated besides dHidden and a float32 dHead. The **roofline** is
+the larger of operations / 989 TFLOP/s and memory / 3.35 TB/s, and for a whole the sum of its kernels'.
 
 "Differences in two parts" is what close bf16 hidden states may need (`opsdl/losses/problem.py`): the most that it
 can cost.

@@ -1,8 +1,8 @@
-"""loss.md and loss.png from loss.json, without running anything again:
+"""loss.md, loss.png and the README's table from loss.json, without running anything again:
 
     python -m bench.report [DIR]
 
-DIR is where loss.json lies, bench/results unless given.
+DIR is where loss.json lies, bench/results unless given; only from there the README is written.
 """
 
 from __future__ import annotations
@@ -17,12 +17,40 @@ from bench.plot import plot
 from opsdl.files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
+README, BEGIN, END = Path(__file__).parents[1] / "README.md", "<!-- make bench -->\n", "<!-- end -->"
+PEERS = {
+    "fastest peer that rounds": ("plain", "plain-compiled", "liger-eager", "liger-compiled"),
+    "TRL": ("trl-default", "trl-small"),
+}
 
 
 def write_report(out: Path) -> None:
     results = json.loads((out / "loss.json").read_text())
     write_whole(out / "loss.md", markdown(results))
     write_whole(out / "loss.png", plot(results["cases"], speeds(results)))
+    if out.resolve() == RESULTS.resolve():
+        before, _, rest = README.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        write_whole(README, before + BEGIN + summary(results) + END + after)
+
+
+def summary(results: dict[str, Any]) -> str:
+    """A row for each shape and dtype: ours beside the fastest of each kind of peer."""
+    lines = ["| N, H, V | | ours | " + " | ".join(PEERS) + " |", "|---" * (3 + len(PEERS)) + "|"]
+    for entry in speeds(results):
+        rows = {name: row for name, row in entry["cases"].items() if "error" not in row}
+        chosen = [rows["opsdl-auto"]]
+        for names in PEERS.values():
+            found = [rows[name] for name in names if name in rows]
+            chosen.append(min(found, key=lambda row: median(row["ratios"]), default=None))
+        cells = ["not installed" if row is None else _summary_cell(row) for row in chosen]
+        lines.append(f"| {', '.join(map(str, entry['shape']))} | {entry['dtype']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _summary_cell(row: dict[str, Any]) -> str:
+    memory = "-" if row["extra_bytes"] is None else _mib(row["extra_bytes"])
+    return f"{median(row['ratios']):.2f}, {memory} MiB, {_scientific(row['hidden_error'])}"
 
 
 def speeds(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,7 +86,7 @@ def _introduction(results: dict[str, Any]) -> str:
 # Fused reverse KL beside its peers
 
 Forward plus backward to dHidden and dHead; one head for student and teacher, separate hidden states. The cases take
-turns in one process: two warm-up rounds, then {results["rounds"]} rounds. Times are medians; a ratio is the median (and
+turns in one process: {results["rounds"]} rounds of two runs each, of which the second counts. Times are medians; a ratio is the median (and
 range) of the ratios to the bare products of the same round. Extra memory is the peak of one step in a process of its
 own, beyond the inputs, dHidden and dHead included. dH error is the relative Frobenius error of dHidden against float64.
 

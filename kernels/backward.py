@@ -9,48 +9,43 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from opsdl.kernels.configs import Tile, chunks, config
-from opsdl.kernels.tile import logits_and_gap, product
+from opsdl.kernels.configs import GROUP, Tile, chunks, config
+from opsdl.kernels.operands import Operands
+from opsdl.kernels.tile import grouped, logits_and_gap, raw_logits
 from torch import Tensor
 
 
 @triton.jit
 def gradient_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, gap_hidden_ptr, gap_low_ptr, gap_weight_ptr, gap_bias_ptr, difference_ptr, tokens_ptr,
-    lse_ptr, mean_gap_ptr, on_gap_ptr, on_prob_ptr, on_token_ptr, grad_ptr, first_column,
-    N, V, H, K, hidden_stride, weight_stride, gap_hidden_stride, gap_weight_stride, grad_stride, temperature, softcap,
+    hidden_ptr, weight_ptr, bias_ptr, gap_hidden_ptr, gap_low_ptr, low_rows_ptr, gap_weight_ptr, gap_bias_ptr,
+    difference_ptr, tokens_ptr, top_ptr, log_sum_ptr, mean_gap_ptr, on_gap_ptr, on_prob_ptr, on_token_ptr, grad_ptr,
+    N, V, H, K, hidden_stride, weight_stride, gap_hidden_stride, gap_weight_stride, temperature, softcap,
+    first_column, grad_stride,
     HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_LOW: tl.constexpr, HAS_GAP_BIAS: tl.constexpr,
-    HAS_TOKENS: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, CAPPED: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Program (i, j): the gradient for the raw logits of one tile, into grad [N, V] of the chunk."""
-    row_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    column_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    """A program: the gradient for the raw logits of one tile, into grad [N, V] of the chunk."""
+    tile_n, tile_v = grouped(tl.cdiv(N, BN), tl.cdiv(V, BV), GROUP)
+    row_n, column_v = tile_n * BN + tl.arange(0, BN), tile_v * BV + tl.arange(0, BV)
     mask_n, mask_v = row_n < N, column_v < V
     is_difference_n = tl.load(difference_ptr + row_n, mask=mask_n, other=0) != 0 if HAS_GAP else row_n < 0
-    raw = product(
-        hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, H, hidden_stride, weight_stride, BN, BV, BH, PRECISION
-    )
-    second = raw
-    if HAS_GAP:
-        second = product(
-            gap_hidden_ptr, gap_weight_ptr, row_n, mask_n, column_v, mask_v, K, gap_hidden_stride, gap_weight_stride,
-            BN, BV, BH, PRECISION,
-        )  # fmt: skip
-    if HAS_LOW:
-        second += product(
-            gap_low_ptr, gap_weight_ptr, row_n, mask_n, column_v, mask_v, K, gap_hidden_stride, gap_weight_stride,
-            BN, BV, BH, PRECISION,
-        )  # fmt: skip
+    raw, second = raw_logits(
+        hidden_ptr, weight_ptr, gap_hidden_ptr, gap_low_ptr, low_rows_ptr, gap_weight_ptr, row_n, mask_n, column_v,
+        mask_v, H, K, hidden_stride, weight_stride, gap_hidden_stride, gap_weight_stride,
+        HAS_GAP, HAS_LOW, SHARED, PRECISION, BN, BV, BH,
+    )  # fmt: skip
     z, gap_nv, slope = logits_and_gap(
         raw, second, is_difference_n, mask_v, bias_ptr, gap_bias_ptr, column_v, temperature, softcap,
         HAS_BIAS, HAS_GAP, HAS_GAP_BIAS, CAPPED,
     )  # fmt: skip
-    lse_n = tl.load(lse_ptr + row_n, mask=mask_n, other=0.0)
+    top_n = tl.load(top_ptr + row_n, mask=mask_n, other=0.0)
+    log_sum_n = tl.load(log_sum_ptr + row_n, mask=mask_n, other=0.0)
     mean_gap_n = tl.load(mean_gap_ptr + row_n, mask=mask_n, other=0.0)
     on_gap_n = tl.load(on_gap_ptr + row_n, mask=mask_n, other=0.0)
     on_prob_n = tl.load(on_prob_ptr + row_n, mask=mask_n, other=0.0)
-    p = tl.exp(z - lse_n[:, None])
+    p = tl.exp((z - top_n[:, None]) - log_sum_n[:, None])
+    gap_nv = tl.where(z != -float("inf"), gap_nv, 0.0)
     grad = p * (on_gap_n[:, None] * (gap_nv - mean_gap_n[:, None]) + on_prob_n[:, None])
     if HAS_TOKENS:
         token_n = tl.load(tokens_ptr + row_n, mask=mask_n, other=-1) - first_column
@@ -62,16 +57,12 @@ def gradient_kernel(
 
 @triton.jit
 def product_kernel(
-    a_ptr, b_ptr, c_ptr, M, N, K, a_row, a_column, b_row, c_row,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    a_ptr, b_ptr, c_ptr, M, N, K, a_row, a_column, b_row, c_row, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """C [M, N] (+)= A [M, K] B [K, N], C float32. Tiles go in groups of GROUP rows, so that B is read from L2."""
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = tl.program_id(0) // (GROUP * tiles_n) * GROUP
-    height = min(tiles_m - first, GROUP)
-    within = tl.program_id(0) % (GROUP * tiles_n)
-    row_m = (first + within % height) * BM + tl.arange(0, BM)
-    column_n = (within // height) * BN + tl.arange(0, BN)
+    """C [M, N] (+)= A [M, K] B [K, N], C float32."""
+    tile_m, tile_n = grouped(tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    row_m, column_n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     step_k = tl.arange(0, BK)
     mask_m, mask_n = row_m < M, column_n < N
     a = a_ptr + row_m.to(tl.int64)[:, None] * a_row + step_k.to(tl.int64)[None, :] * a_column
@@ -92,70 +83,50 @@ def product_kernel(
 
 
 def linear_gradient(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    gap_hidden_NK: Tensor | None,
-    gap_low_NK: Tensor | None,
-    gap_weight_VK: Tensor | None,
-    gap_bias_V: Tensor | None,
-    difference_N: Tensor | None,
-    tokens_N: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    factors_5N: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    operands: Operands,
+    factors_6N: tuple[Tensor, ...],
     grad_hidden_NH: Tensor | None,
     grad_weight_VH: Tensor | None,
     grad_bias_V: Tensor | None,
 ) -> None:
-    """Fills the gradients asked for, of sum_n loss_n; weight and head are those of `linear_moments`, and of one dtype.
+    """Fills the gradients asked for, of sum_n loss_n; grad_hidden is of any dtype, grad_weight and grad_bias are
+    float32.
 
-    factors: lse, mean_gap, on_gap, on_prob, on_token of each token; dz = p (on_gap (gap - mean_gap) + on_prob) + on_token
-    [v = token], p = exp(z - lse). grad_hidden is of the dtype of hidden, grad_weight and grad_bias are float32.
+    factors: top, log_sum, mean_gap, on_gap, on_prob, on_token of each token; dz = p (on_gap (gap - mean_gap) + on_prob)
+    + on_token [v = token], p = exp(z - top - log_sum).
     """
-    N, H = hidden_NH.shape
-    V, tiles = weight_VH.shape[0], config(hidden_NH.dtype, hidden_NH.device)
-    rows, columns = chunks(N, V, H, hidden_NH.dtype.itemsize, tiles.gradient)
-    workspace = torch.empty(rows, columns, dtype=hidden_NH.dtype, device=hidden_NH.device)
-    sum_hidden = torch.empty(rows, H, dtype=torch.float32, device=hidden_NH.device)
+    (N, H), V = operands.hidden_NH.shape, len(operands.weight_VH)
+    dtype = operands.hidden_NH.dtype
+    tiles = config(dtype, operands.hidden_NH.device)
+    tile = tiles.gradient if operands.softcap is None else tiles.capped
+    rows, columns = chunks(N, V, H, dtype.itemsize, tile)
+    workspace, sum_hidden = operands.empty(rows, columns, dtype=dtype), operands.empty(rows, H)
     if grad_bias_V is not None:
         grad_bias_V.zero_()
     for n in range(0, N, rows):
         some = slice(n, n + rows)
-        by_token = [None if x is None else x[some] for x in (gap_hidden_NK, gap_low_NK, difference_N, tokens_N)]
+        of_tokens, factors_6n = operands.tokens(some), [x[some] for x in factors_6N]
+        hidden_nH = of_tokens.hidden_NH
         for v in range(0, V, columns):
             these = slice(v, v + columns)
-            weight_vH = weight_VH[these]
-            grad_nv = workspace[: min(rows, N - n), : len(weight_vH)]
-            _logit_gradient(
-                hidden_NH[some], weight_vH, None if bias_V is None else bias_V[these], by_token,
-                None if gap_weight_VK is None else gap_weight_VK[these], None if gap_bias_V is None else gap_bias_V[these],
-                [x[some] for x in factors_5N], v, temperature, softcap, grad_nv, tiles.gradient,
-            )  # fmt: skip
+            part = of_tokens.entries(these)
+            grad_nv = workspace[: len(hidden_nH), : len(part.weight_VH)]
+            _logit_gradient(part, factors_6n, v, grad_nv, tile)
             if grad_hidden_NH is not None:
-                _product(grad_nv, weight_vH, sum_hidden[: len(grad_nv)], v > 0, tiles.product)
+                _product(grad_nv, part.weight_VH, sum_hidden[: len(grad_nv)], v > 0, tiles.product)
             if grad_weight_VH is not None:
-                _product(grad_nv.T, hidden_NH[some], grad_weight_VH[these], n > 0, tiles.product)
+                _product(grad_nv.T, hidden_nH, grad_weight_VH[these], n > 0, tiles.product)
             if grad_bias_V is not None:
                 grad_bias_V[these] += grad_nv.sum(0, dtype=torch.float32)
         if grad_hidden_NH is not None:
-            grad_hidden_NH[some] = sum_hidden[: min(rows, N - n)]
+            grad_hidden_NH[some] = sum_hidden[: len(hidden_nH)]
 
 
-def _logit_gradient(
-    hidden_nH, weight_vH, bias_v, by_token, gap_weight_vK, gap_bias_v, factors_5n, first, temperature, softcap, grad_nv,
-    tile: Tile,
-) -> None:  # fmt: skip
-    gap_hidden_nK, gap_low_nK, difference_n, tokens_n = by_token
-    (N, H), V, has_gap = hidden_nH.shape, len(weight_vH), gap_hidden_nK is not None
-    gradient_kernel[(-(-N // tile.rows), -(-V // tile.columns))](
-        hidden_nH, weight_vH, bias_v, gap_hidden_nK, gap_low_nK, gap_weight_vK, gap_bias_v, difference_n, tokens_n,
-        *factors_5n, grad_nv, first, N, V, H, gap_hidden_nK.shape[1] if has_gap else 0, hidden_nH.stride(0),
-        weight_vH.stride(0), gap_hidden_nK.stride(0) if has_gap else 0, gap_weight_vK.stride(0) if has_gap else 0,
-        grad_nv.stride(0), temperature, softcap or 1.0,
-        HAS_BIAS=bias_v is not None, HAS_GAP=has_gap, HAS_LOW=gap_low_nK is not None, HAS_GAP_BIAS=gap_bias_v is not None,
-        HAS_TOKENS=tokens_n is not None, CAPPED=softcap is not None, PRECISION="ieee",
-        BN=tile.rows, BV=tile.columns, BH=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+def _logit_gradient(operands: Operands, factors_6n: list[Tensor], first: int, grad_nv: Tensor, tile: Tile) -> None:
+    N, V = grad_nv.shape
+    gradient_kernel[(-(-N // tile.rows) * -(-V // tile.columns),)](
+        *operands.pointers(), *factors_6n, grad_nv, *operands.sizes(), first, grad_nv.stride(0), **operands.flags(),
+        BN=tile.rows, BV=tile.columns, BH=tile.depth, GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -163,6 +134,6 @@ def _product(a_MK: Tensor, b_KN: Tensor, c_MN: Tensor, add: bool, tile: Tile) ->
     (M, K), N = a_MK.shape, b_KN.shape[1]
     product_kernel[(-(-M // tile.rows) * -(-N // tile.columns),)](
         a_MK, b_KN, c_MN, M, N, K, a_MK.stride(0), a_MK.stride(1), b_KN.stride(0), c_MN.stride(0),
-        ADD=add, PRECISION="ieee", BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=8,
+        ADD=add, PRECISION="ieee", BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=GROUP,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Tile sizes of each kernel by architecture and data type, chosen by hand, and the memory that the passes take.
 
-Nothing is tuned at run time: every configuration here is compiled, checked for spills and executed by the tests. A tile of
-moments holds two accumulators (student and gap) and a long epilogue, which limits it: 64 x 128 in 8 warps is the largest
-that does not spill on sm_90 and sm_100, 64 x 64 on sm_80; 128 x 128 spills everywhere.
+Nothing is tuned at run time: every configuration here is compiled, checked for spills and executed by the tests. A tile
+of moments holds two accumulators (student and gap) and a long epilogue, which limits it: 64 x 128 in 8 warps is the
+largest that does not spill on sm_90 and sm_100, 64 x 64 on sm_80; 128 x 128 spills everywhere.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 
 WORKSPACE_BYTES = 32 << 20  # of logit gradients; dHidden's accumulator takes as much at most
 PROGRAMS = 4 * 132  # enough to fill an H100 four times over: the vocabulary is split until there are so many
+MOMENTS_BYTES = 10 * 4  # of one token and split
+GROUP = 16  # tiles of tokens that share what L2 holds of the vocabulary: bench/gpu_model.py counts what that saves
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class Tile:
 @dataclass(frozen=True)
 class Config:
     moments: Tile  # of the forward
-    capped: Tile  # of the forward with a soft cap, whose epilogue is longer
-    gradient: Tile  # tiles of logits in the backward
+    capped: Tile  # of either pass with a soft cap, whose epilogue is longer
+    gradient: Tile  # of the backward
     product: Tile  # dHidden and dWeight from the workspace
 
 
-_FLOAT32 = Config(*[Tile(64, 64, 32, 8, 2)] * 4)
+# The gradient's products must be summed in the order of the moments', or p is of other logits than its lse.
+_FLOAT32 = Config(*[Tile(64, 64, 16, 8, 2)] * 3, product=Tile(64, 64, 32, 8, 2))
 _HALF = {  # by the major number of the compute capability; newer ones take the newest here
     8: Config(
         moments=Tile(64, 64, 64, 8, 3),
@@ -61,9 +64,13 @@ def config(dtype: torch.dtype, device: torch.device) -> Config:
 
 
 def splits(tokens: int, vocabulary: int, tile: Tile) -> int:
-    """Parts of the vocabulary that programs of the forward share out."""
+    """Parts of the vocabulary that programs of the forward share out.
+
+    At least so many that GROUP tiles of tokens fill the machine, unless their moments would take more than 32 MiB.
+    """
     token_tiles, vocabulary_tiles = -(-tokens // tile.rows), -(-vocabulary // tile.columns)
-    return max(1, min(vocabulary_tiles, PROGRAMS // token_tiles))
+    wanted = max(PROGRAMS // token_tiles, PROGRAMS // (4 * GROUP))
+    return max(1, min(vocabulary_tiles, wanted, WORKSPACE_BYTES // (MOMENTS_BYTES * tokens)))
 
 
 def chunks(tokens: int, vocabulary: int, hidden: int, operand_bytes: int, tile: Tile) -> tuple[int, int]:
@@ -80,5 +87,5 @@ def workspace_bytes(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtyp
 
 
 def moments_bytes(tokens: int, vocabulary: int, config: Config) -> int:
-    """What the forward allocates: ten numbers for every token and split."""
-    return 10 * 4 * tokens * splits(tokens, vocabulary, config.moments)
+    """What the forward allocates."""
+    return MOMENTS_BYTES * tokens * splits(tokens, vocabulary, config.moments)

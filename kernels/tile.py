@@ -7,6 +7,15 @@ import triton.language as tl
 
 
 @triton.jit
+def grouped(tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(m, n) of this program's tile: GROUP tiles of m take turns at each n before others begin, so L2 serves both."""
+    first = tl.program_id(0) // (GROUP * tiles_n) * GROUP
+    height = min(tiles_m - first, GROUP)
+    within = tl.program_id(0) % (GROUP * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
 def product(
     hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, depth, hidden_stride, weight_stride,
     BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
@@ -22,6 +31,60 @@ def product(
         b = tl.load(weight + start, mask=mask_v[None, :] & inside[:, None], other=0.0)
         sum_nv = tl.dot(a, b, sum_nv, input_precision=PRECISION)
     return sum_nv
+
+
+@triton.jit
+def raw_logits(
+    hidden_ptr, weight_ptr, gap_hidden_ptr, gap_low_ptr, low_rows_ptr, gap_weight_ptr, row_n, mask_n, column_v, mask_v,
+    H, K, hidden_stride, weight_stride, gap_hidden_stride, gap_weight_stride,
+    HAS_GAP: tl.constexpr, HAS_LOW: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Both raw products of a tile, [BN, BV]; the second is the first where there is no teacher."""
+    if SHARED:
+        raw, second = two_products(
+            hidden_ptr, gap_hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, H, hidden_stride,
+            gap_hidden_stride, weight_stride, BN, BV, BH, PRECISION,
+        )  # fmt: skip
+    else:
+        raw = product(
+            hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, H, hidden_stride, weight_stride, BN, BV, BH,
+            PRECISION
+        )  # fmt: skip
+        second = raw
+        if HAS_GAP:
+            second = product(
+                gap_hidden_ptr, gap_weight_ptr, row_n, mask_n, column_v, mask_v, K, gap_hidden_stride,
+                gap_weight_stride, BN, BV, BH, PRECISION,
+            )  # fmt: skip
+    if HAS_LOW:
+        # Few tokens have a low part, so for most tiles this loop has no step.
+        depth = K * tl.max(tl.load(low_rows_ptr + row_n, mask=mask_n, other=0).to(tl.int32), 0)
+        second += product(
+            gap_low_ptr, gap_weight_ptr, row_n, mask_n, column_v, mask_v, depth, gap_hidden_stride, gap_weight_stride,
+            BN, BV, BH, PRECISION,
+        )  # fmt: skip
+    return raw, second
+
+
+@triton.jit
+def two_products(
+    hidden_ptr, gap_hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, depth, hidden_stride, gap_hidden_stride,
+    weight_stride, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`product` of two hidden states with one head, every piece of which is loaded once."""
+    step_h = tl.arange(0, BH)
+    hidden = hidden_ptr + row_n.to(tl.int64)[:, None] * hidden_stride + step_h[None, :]
+    gap_hidden = gap_hidden_ptr + row_n.to(tl.int64)[:, None] * gap_hidden_stride + step_h[None, :]
+    weight = weight_ptr + column_v.to(tl.int64)[None, :] * weight_stride + step_h[:, None]
+    raw, second = tl.zeros((BN, BV), tl.float32), tl.zeros((BN, BV), tl.float32)
+    for start in range(0, depth, BH):
+        inside = step_h < depth - start
+        mask = mask_n[:, None] & inside[None, :]
+        b = tl.load(weight + start, mask=mask_v[None, :] & inside[:, None], other=0.0)
+        raw = tl.dot(tl.load(hidden + start, mask=mask, other=0.0), b, raw, input_precision=PRECISION)
+        second = tl.dot(tl.load(gap_hidden + start, mask=mask, other=0.0), b, second, input_precision=PRECISION)
+    return raw, second
 
 
 @triton.jit
@@ -53,7 +116,9 @@ def logits_and_gap(
 ):  # fmt: skip
     """(z, gap, slope) from raw products: z = cap tanh(raw / cap) / temperature, slope = dz / draw.
 
-    Where is_difference_n the second product is a difference of raw logits, elsewhere the teacher's raw logits.
+    Where is_difference_n the second product is a difference of raw logits, elsewhere the teacher's raw logits. A raw
+    logit of -inf stays one, cap or not; where it is the student's, gap is minus the teacher's logit, which only a
+    teacher with a head of its own has there.
     """
     if HAS_BIAS:
         raw += tl.load(bias_ptr + column_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
@@ -62,30 +127,38 @@ def logits_and_gap(
         bias_v = tl.load(gap_bias_ptr + column_v, mask=mask_v, other=0.0).to(tl.float32)
         second += tl.where(difference, 0.0, bias_v[None, :])
     if CAPPED:
-        # t is tanh(a - b) or tanh b; tanh a - tanh b = t (1 - tanh a tanh b), tanh b = (tanh a - t) / (1 - tanh a t)
-        a, t = tanh(raw / softcap), tanh(second / softcap)
-        below = (a - t) / (1 - a * t)
+        # t is tanh(a - b) or tanh b; tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
+        a, t, below = tanh(raw / softcap), tanh(second / softcap), tanh((raw - second) / softcap)
         gap = tl.where(difference, t * (1 - a * below), a - t) * (softcap / temperature)
-        z = a * (softcap / temperature)
+        z, teacher = a * (softcap / temperature), t * (softcap / temperature)
         slope = (1 - a * a) / temperature
     else:
         gap = tl.where(difference, second, raw - second) / temperature
-        z = raw / temperature
+        z, teacher = raw / temperature, second / temperature
         slope = 1 / temperature + tl.zeros_like(z)
-    present = mask_v[None, :] & (raw > -float("inf"))
+    z = tl.where(mask_v[None, :] & (raw != -float("inf")), z, -float("inf"))
     if not HAS_GAP:
-        gap = tl.zeros_like(z)
-    return tl.where(present, z, -float("inf")), tl.where(present, gap, 0.0), slope
+        return z, tl.where(z != -float("inf"), 0.0, float("inf")), slope
+    own = mask_v[None, :] & (difference == 0) & (second != -float("inf"))
+    gap = tl.where(difference | own, gap, float("inf"))
+    return z, tl.where(z != -float("inf"), gap, tl.where(own, -teacher, float("inf"))), slope
 
 
 @triton.jit
 def merge(top, total, offset, gap, spread, teacher_top, teacher_total, z, gap_nv):
     """Moments of the tile (opsdl/losses/moments.py), merged into those of the tiles before it; all [BN]."""
+    teacher = tl.where(z != -float("inf"), z, 0.0) - gap_nv
+    new_teacher_top = tl.maximum(teacher_top, tl.max(teacher, 1))
+    teacher_base = tl.where(new_teacher_top > -float("inf"), new_teacher_top, 0.0)
+    kept = tl.where(teacher_top > -float("inf"), teacher_total * tl.exp(teacher_top - teacher_base), 0.0)
+    kept += tl.sum(tl.exp(tl.maximum(teacher - teacher_base[:, None], -128.0)), 1)
+
+    gap_nv = tl.where(z != -float("inf"), gap_nv, 0.0)
     tile_top = tl.max(z, 1)
     new_top = tl.maximum(top, tile_top)
     base = tl.where(new_top > -float("inf"), new_top, 0.0)
     below = tl.maximum(z - base[:, None], -128.0)
-    e = tl.where(z > -float("inf"), tl.exp(below), 0.0)
+    e = tl.where(z != -float("inf"), tl.exp(below), 0.0)
     tile_total = tl.sum(e, 1)
     inverse = tl.where(tile_total > 0, 1 / tl.where(tile_total > 0, tile_total, 1.0), 0.0)
     tile_gap = tl.sum(e * gap_nv, 1) * inverse
@@ -101,10 +174,4 @@ def merge(top, total, offset, gap, spread, teacher_top, teacher_total, z, gap_nv
     new_spread = share * (expm1_residual(shift) + tl.exp(shift) * spread)
     new_spread += tile_share * (expm1_residual(tile_shift) + tl.exp(tile_shift) * tile_spread)
     new_offset = share * tl.where(share > 0, offset + top - base, 0.0) + tile_share * tile_offset
-
-    teacher = z - gap_nv
-    new_teacher_top = tl.maximum(teacher_top, tl.max(teacher, 1))
-    teacher_base = tl.where(new_teacher_top > -float("inf"), new_teacher_top, 0.0)
-    kept = tl.where(teacher_top > -float("inf"), teacher_total * tl.exp(teacher_top - teacher_base), 0.0)
-    tile_teacher = tl.where(z > -float("inf"), tl.exp(tl.maximum(teacher - teacher_base[:, None], -128.0)), 0.0)
-    return new_top, new_total, new_offset, new_gap, new_spread, new_teacher_top, kept + tl.sum(tile_teacher, 1)
+    return new_top, new_total, new_offset, new_gap, new_spread, new_teacher_top, kept

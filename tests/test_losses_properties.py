@@ -215,8 +215,8 @@ def test_error_is_that_of_the_plain_formula(backend, dtype, data):
     # Errors of single tokens do not cancel in the allowance, whatever the signs of their weights.
     truths = exact.call("reference", reduction="none")[0].detach()
     single = sum((other.call("reference", reduction="none")[0].detach() - truths).abs() for other in others)
-    # One unit of the logsumexps that are subtracted: by the truth in float64, far from KL 0 by any form of the KL, and by
-    # every form of a log probability.
+    # One unit of the logsumexps that are subtracted: by the truth in float64, far from KL 0 by any form of the KL, and
+    # by every form of a log probability.
     size = sum(1 + true_stats[k].abs() for k in true_stats if "lse" in k)
     of_kl = torch.zeros_like(size)
     if "kl" in true_stats:

@@ -1,5 +1,7 @@
 """The package as users import it: light, lazy, whole, and useful without the optional packages."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,3 +101,21 @@ print(main({arguments!r}))
 def test_info_needs_torch_only():
     code = "from opsdl.cli import main; main(['info'])"
     assert "loss backend reference" in python(code, ("transformers", "triton", "omegaconf"))
+
+
+def test_builds_without_a_compiler_that_works(tmp_path):
+    """The package is made without its extension, and says so."""
+    root = PACKAGE.parent
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    for name in ("opsdl", "kernels", "csrc"):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        env={**os.environ, "CC": "false", "CXX": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "the C++ extension was not built" in done.stdout and not list(tmp_path.glob("opsdl/*.so"))

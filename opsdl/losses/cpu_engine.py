@@ -193,8 +193,9 @@ class CpuEngine:
         gaps are centred.
         """
         if self.mean_rows_KH is None:
-            tiles = self.problem.head.weight.split(TILE_ROWS)
-            self.mean_rows_KH = torch.stack([tile.mean(0, dtype=torch.float32) for tile in tiles])
+            self.mean_rows_KH = torch.empty(self.tiles, self.problem.head.weight.shape[1])
+            for tile, mean_H in zip(self.problem.head.weight.split(TILE_ROWS), self.mean_rows_KH, strict=True):
+                torch.mean(tile, 0, dtype=torch.float32, out=mean_H)
         sum_kn = self.on_e_kn * self.parts_fkn[moments.SUM]
         if self.has_token:
             self._add_at_tokens(sum_kn, self.at_token_n - self.without_token_n)

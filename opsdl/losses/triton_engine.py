@@ -17,13 +17,15 @@ class TritonEngine:
         self.block = max(1, count)
         rows, size = problem.head.weight.shape
         device, padded = problem.hidden_NH.device, rows + problem.padding
-        self.grad_hidden = problem.hidden_NH.new_zeros(problem.hidden_NH.shape) if wanted[0] else None
+        shape, dtype = problem.hidden_NH.shape, problem.grad_dtypes[0]
+        self.grad_hidden = problem.hidden_NH.new_zeros(shape, dtype=dtype) if wanted[0] else None
         self.grad_weight = torch.zeros(padded, size, device=device) if wanted[1] else None
         self.grad_bias = torch.zeros(padded, device=device) if wanted[2] else None
 
     def moments(self, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
         """Of all tokens: moments [7, S, n], and (logit, gap, slope) at the sampled tokens [3, n]."""
         from opsdl.kernels.forward import linear_moments  # imports triton
+        from opsdl.kernels.operands import Operands
 
         problem, head = self.problem, self.problem.head
         self.tokens_n = tokens_n
@@ -35,10 +37,11 @@ class TritonEngine:
             same = rows.weight_VK is head.weight
             gap_weight_VK = weight_VH if same else rows.weight_VK.to(operand).contiguous()
             second = (rows.hidden_NK, rows.low_NK, gap_weight_VK, rows.bias_V, rows.difference_N)
-        token_n = problem.local_tokens(tokens_n)
         hidden_nH = problem.hidden_NH[tokens_n]
-        self.inputs = (hidden_nH, weight_VH, head.bias, *second, token_n, head.temperature, head.softcap)
-        return linear_moments(*self.inputs)
+        self.operands = Operands.of(
+            hidden_nH, weight_VH, head.bias, *second, problem.local_tokens(tokens_n), head.temperature, head.softcap
+        )
+        return linear_moments(self.operands)
 
     def prepare(self, stats: dict[str, Tensor], factors: Factors) -> None:
         self.stats, self.factors = stats, factors
@@ -55,23 +58,18 @@ class TritonEngine:
         """Compute the gradients, of the kept tokens."""
         from opsdl.kernels.backward import linear_gradient
 
-        hidden_nH, weight_VH, bias, gap_hidden, gap_low, gap_weight, gap_bias, difference, token_n, *scalars = (
-            self.inputs
-        )
-        factors_5n = (self.stats["student_lse"], self.stats["mean_gap"], *self.factors)
-        by_token = (hidden_nH, gap_hidden, gap_low, difference, token_n, self.tokens_n, *factors_5n)
+        operands, tokens_n = self.operands, self.tokens_n
+        factors_6n = [*(self.stats[name] for name in ("top", "log_sum", "mean_gap")), *self.factors]
         if kept_1n is not None:
-            by_token = tuple(None if x is None else x[kept_1n[0]] for x in by_token)
-        hidden_nH, gap_hidden, gap_low, difference, token_n, tokens_n, *factors_5n = (
-            None if x is None else x.contiguous() for x in by_token
-        )
-        rows = len(weight_VH)
-        grad_nH = torch.empty_like(hidden_nH) if self.wanted[0] else None
+            operands, tokens_n = operands.tokens(kept_1n[0]), tokens_n[kept_1n[0]]
+            factors_6n = [x[kept_1n[0]] for x in factors_6n]
+        rows, (want_hidden, want_weight, want_bias) = len(operands.weight_VH), self.wanted
+        grad_nH = operands.empty(*operands.hidden_NH.shape, dtype=self.grad_hidden.dtype) if want_hidden else None
         linear_gradient(
-            hidden_nH, weight_VH, bias, gap_hidden, gap_low, gap_weight, gap_bias, difference, token_n, *scalars, factors_5n,
-            grad_nH, self.grad_weight[:rows] if self.wanted[1] else None, self.grad_bias[:rows] if self.wanted[2] else None,
+            operands, [x.contiguous() for x in factors_6n], grad_nH, self.grad_weight[:rows] if want_weight else None,
+            self.grad_bias[:rows] if want_bias else None,
         )  # fmt: skip
-        if grad_nH is not None:
+        if want_hidden:
             self.grad_hidden[tokens_n] = grad_nH
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

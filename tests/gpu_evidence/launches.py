@@ -1,7 +1,7 @@
 """The launchers of opsdl.kernels with something else in the place of the GPU.
 
-`substituted(run)` puts objects in the place of the three kernels that call run(Launch) instead of launching, so that the
-shipped launcher code, grids, tile sizes and specialisations are what is compiled or emulated.
+`substituted(run)` puts objects in the place of the three kernels that call run(Launch) instead of launching, so that
+the shipped launcher code, grids, tile sizes and specialisations are what is compiled or emulated.
 """
 
 from __future__ import annotations

@@ -14,18 +14,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one head": {},
     "one head, close": {"noise": 3e-3},
     "one head, bias and cap": {"bias": True, "softcap": 6.0, "temperature": 0.7},
+    "one head, most logits at the cap": {"softcap": 2.0, "scale": 6.0},
+    "one head, padding and cap": {"bias": True, "padding": 20, "softcap": 6.0},
     "two heads": {"teacher_size": 40},
-    "two heads, padding and tokens": {"teacher_size": 24, "bias": True, "padding": 20, "tokens": True},
+    "two heads, the student's padded, and tokens": {"teacher_size": 24, "bias": True, "padding": 20, "tokens": True},
     "no teacher": {"teacher_size": None, "tokens": True},
 }
 
 
 def make(dtype, tokens_count, size, vocabulary, *, seed, noise=0.3, teacher_size=0, bias=False, padding=0, tokens=False,
-         softcap=None, temperature=1.0) -> dict[str, Any]:  # fmt: skip
+         softcap=None, temperature=1.0, scale=1.0) -> dict[str, Any]:  # fmt: skip
     """Arguments of `linear_moments`; teacher_size 0 is the student's own head, None no teacher."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    hidden = draw(tokens_count, size).to(dtype)
+    hidden = (scale * draw(tokens_count, size)).to(dtype)
     weight = (draw(vocabulary, size) * 2.5 / size**0.5).to(dtype)
     student_bias = draw(vocabulary) if bias else None
     if padding:
@@ -33,7 +35,7 @@ def make(dtype, tokens_count, size, vocabulary, *, seed, noise=0.3, teacher_size
     head = problem.Head(weight, student_bias, temperature, softcap)
     second = None
     if teacher_size == 0:
-        teacher = (hidden.float() + noise * draw(tokens_count, size)).to(dtype)
+        teacher = (hidden.float() + scale * noise * draw(tokens_count, size)).to(dtype)
         second = problem.shared_head(hidden, teacher, head)
     elif teacher_size is not None:
         own = (draw(vocabulary, teacher_size) * 2.5 / teacher_size**0.5).to(dtype)
@@ -57,7 +59,7 @@ def logits_and_gap(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -
     cap, temperature = inputs["softcap"], inputs["temperature"]
 
     def logits(raw):
-        return (raw if cap is None else cap * torch.tanh(raw / cap)) / temperature
+        return (raw if cap is None else torch.where(raw > -torch.inf, cap * torch.tanh(raw / cap), raw)) / temperature
 
     raw = to(inputs["hidden_NH"]) @ to(inputs["weight_VH"]).T
     slope = torch.ones_like(raw) / temperature
@@ -71,19 +73,23 @@ def logits_and_gap(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -
     low = inputs["gap_low_NK"]
     second = (to(inputs["gap_hidden_NK"]) + (0 if low is None else to(low))) @ to(inputs["gap_weight_VK"]).T
     bias = 0 if inputs["gap_bias_V"] is None else to(inputs["gap_bias_V"])
-    teacher = torch.where(inputs["difference_N"][:, None], raw - second, second + bias)
-    return z, torch.where(z > -torch.inf, z - logits(teacher), 0.0), slope
+    teacher = logits(torch.where(inputs["difference_N"][:, None], raw - second, second + bias))
+    lost = torch.where(inputs["difference_N"][:, None], torch.inf, -teacher)
+    return z, torch.where(z > -torch.inf, z - teacher, lost), slope
 
 
 def solve(inputs: dict[str, Any], package: str = "opsdl.kernels") -> dict[str, Tensor]:
     """Statistics and gradients from the kernels, wherever they run; dLoss/dLogit factors are random but fixed."""
-    forward, backward = (importlib.import_module(f"{package}.{name}") for name in ("forward", "backward"))
-    moments_7SN, picked_3N = forward.linear_moments(**inputs)
+    forward, backward, operands = (
+        importlib.import_module(f"{package}.{name}") for name in ("forward", "backward", "operands")
+    )
+    given = operands.Operands.of(**inputs)
+    moments_7SN, picked_3N = forward.linear_moments(given)
     stats = moments.statistics(moments.merge(moments_7SN))
     hidden, weight = inputs["hidden_NH"], inputs["weight_VH"]
     grads = torch.empty_like(hidden), torch.empty(weight.shape), torch.empty(len(weight))
-    backward.linear_gradient(**inputs, factors_5N=(stats["student_lse"], stats["mean_gap"], *factors(inputs)),
-                    grad_hidden_NH=grads[0], grad_weight_VH=grads[1], grad_bias_V=grads[2])  # fmt: skip
+    factors_6N = stats["top"], stats["log_sum"], stats["mean_gap"], *factors(inputs)
+    backward.linear_gradient(given, factors_6N, *grads)
     picked = {} if inputs["tokens_N"] is None else {"picked": picked_3N}
     return {**stats, **picked, "hidden": grads[0], "weight": grads[1], "bias": grads[2]}
 
@@ -94,6 +100,7 @@ def expect(inputs: dict[str, Any]) -> dict[str, Tensor]:
     stats = moments.statistics(moments.merge(moments.measure(z, gap)[:, None]))
     p = (z - stats["student_lse"][:, None]).exp()
     on_gap, on_prob, on_token = (x.double()[:, None] for x in factors(inputs))
+    gap = torch.where(z > -torch.inf, gap, 0.0)
     grad = p * (on_gap * (gap - stats["mean_gap"][:, None]) + on_prob)
     picked = {}
     if inputs["tokens_N"] is not None:
@@ -124,8 +131,8 @@ def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, flo
     return out
 
 
-# float32 sums of products of these sizes; gradients are rounded to the operands' type once in the workspace, and dHidden,
-# the bf16 and fp16 ones, once more.
+# float32 sums of products of these sizes; gradients are rounded to the operands' type once in the workspace, and
+# dHidden, the bf16 and fp16 ones, once more.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 

@@ -23,7 +23,7 @@ def emulated(inputs, arch, monkeypatch, **options):
     "variant, shape",
     [
         ("one head", (70, 72, 200)),
-        ("two heads, padding and tokens", (33, 40, 150)),
+        ("two heads, the student's padded, and tokens", (33, 40, 150)),
         ("one head, close", (20, 136, 140)),
     ],
 )

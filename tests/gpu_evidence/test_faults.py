@@ -8,6 +8,7 @@ import problems
 import pytest
 import torch
 from opsdl.kernels import forward
+from opsdl.kernels.operands import Operands
 from tools import ptxsim
 from tools.ptxsim import mutation
 
@@ -21,7 +22,7 @@ FAULTS = {
         "teacher_total",
     ),
     "one tile too few": ("forward.py", "tl.cdiv(V, BV))", "tl.cdiv(V, BV) - 1)"),
-    "the stride of the head": ("forward.py", "weight_VH.stride(0),\n", "hidden_NH.stride(0) + 8,\n"),
+    "the stride of the head": ("operands.py", "self.weight_VH.stride(0)\n", "self.weight_VH.stride(0) + 8\n"),
     "adding to earlier chunks": ("backward.py", "if ADD:", "if not ADD:"),
     "the chunk's first token id": ("backward.py", "other=-1) - first_column", "other=-1) - first_column - 1"),
 }
@@ -82,5 +83,5 @@ def test_dropped_synchronisation_is_noticed(what, least):
                 caught.append(True)
 
     with launches.substituted(survey):
-        forward.linear_moments(**inputs)
+        forward.linear_moments(Operands.of(**inputs))
     assert sum(caught) >= max(1, least * len(caught)), caught
