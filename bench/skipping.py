@@ -112,7 +112,7 @@ def report(facts: dict) -> str:
         "# Skipping on real hidden states",
         "",
         f"{facts['tokens']} response tokens of SmolLM2-135M under needle questions of 1000 tokens, V ="
-        f" {facts['vocabulary']}, bf16, 2 threads. Skipped: share of the products of a token and a tile of 128 entries."
+        f" {facts['vocabulary']}, bf16, 2 threads. Skipped: share of the products of a token and a tile of 256 entries."
         " Errors are relative, against float64.",
         "",
         "| skip_tolerance | skipped | backward, exact = 1 | dH error | dW error |",
