@@ -149,7 +149,7 @@ def recorders(package: str) -> Iterator[dict[str, Work]]:
 def count(N: int, H: int, V: int, split: bool, package: str = "opsdl.kernels") -> dict[str, Work]:
     """Work of each kernel for one reverse KL and its gradients in bf16, student and teacher of one head.
 
-    split: hidden differences are pairs of bf16 numbers, as `opsdl.losses.problem.shared_head` gives them.
+    split: hidden differences are pairs of bf16 numbers, as `opsdl.losses.problem.SharedHead` gives them.
     """
     empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
     hidden_NH, weight_VH, difference_N = empty(N, H), empty(V, H), empty(N, dtype=torch.bool)

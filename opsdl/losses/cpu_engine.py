@@ -39,7 +39,7 @@ class CpuEngine:
     def __init__(self, problem: Problem, wanted: tuple[bool, bool, bool], count: int):
         self.problem, self.wanted, self.ops = problem, wanted, torch.ops.opsdl
         hidden, second = problem.hidden_NH, problem.second
-        sizes = [x.shape[1] for x in (hidden, *(() if second is None else (second.hidden_NK,)))]
+        sizes = [hidden.shape[1], *(() if second is None else (second.size,))]
         bf16 = hidden.dtype == torch.bfloat16 and self.ops.cpu_has_bf16() and all(size % 2 == 0 for size in sizes)
         self.operand = torch.bfloat16 if bf16 else torch.float32
         self.rows, size = problem.head.weight.shape
@@ -93,11 +93,11 @@ class CpuEngine:
         if self.problem.second is None:
             return (None,) * 5
         second = self.problem.second.rows(tokens_n)
-        hidden_nK, low_nK = second.hidden_NK, second.low_NK
+        hidden_nK, low_nK = second.hidden_nK, second.low_nK
         if self.operand == torch.float32 and low_nK is not None:
             hidden_nK, low_nK = hidden_nK.float() + low_nK.float(), None
         bias = None if second.bias_V is None else second.bias_V.float()
-        return hidden_nK.to(self.operand), low_nK, second.weight_VK, bias, second.difference_N.float()
+        return hidden_nK.to(self.operand), low_nK, second.weight_VK, bias, second.difference_n.float()
 
     def prepare(self, stats: dict[str, Tensor], factors: Factors) -> None:
         """Factors of the stored numbers, for each tile and token."""

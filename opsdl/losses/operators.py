@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opsdl.losses import driver, kinds
 from opsdl.losses.arguments import check_token_values
-from opsdl.losses.problem import Head, Problem, kept, own_head, shared_head
+from opsdl.losses.problem import Head, OwnHead, Problem, SharedHead, kept
 from opsdl.losses.shards import Shards
 
 _ARGUMENTS = (
@@ -38,10 +38,10 @@ def _problem(
     if teacher_hidden is None:
         second = None
     elif teacher_weight is None:
-        second = shared_head(hidden, teacher_hidden, head)
+        second = SharedHead(hidden, teacher_hidden, head)
     else:
         teacher_bias = None if teacher_bias is None else teacher_bias[:vocab_size]
-        second = own_head(teacher_hidden, Head(teacher_weight[:vocab_size], teacher_bias, temperature, softcap))
+        second = OwnHead(teacher_hidden, Head(teacher_weight[:vocab_size], teacher_bias, temperature, softcap))
     return Problem(
         kind, hidden, head, second, tokens, beta, clip, skip_tolerance, shards, padding=weight.shape[0] - vocab_size
     )

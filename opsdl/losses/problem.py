@@ -21,19 +21,13 @@ class Head(NamedTuple):
 
 
 class Second(NamedTuple):
-    """The second product, hidden weight^T: where `difference_N`, the gap of the raw logits; elsewhere the teacher's."""
+    """The second product of some tokens: where `difference_n`, the gap of the raw logits; elsewhere the teacher's."""
 
-    hidden_NK: Tensor
-    low_NK: Tensor | None  # what bf16 or fp16 left of a difference; its product is added
+    hidden_nK: Tensor
+    low_nK: Tensor | None  # what bf16 or fp16 left of a difference; its product is added
     weight_VK: Tensor
     bias_V: Tensor | None  # for rows that are no difference
-    difference_N: Tensor  # bool
-
-    def rows(self, tokens_n: Tensor) -> Second:
-        low_nK = None if self.low_NK is None else self.low_NK[tokens_n]
-        return self._replace(
-            hidden_NK=self.hidden_NK[tokens_n], low_NK=low_nK, difference_N=self.difference_N[tokens_n]
-        )
+    difference_n: Tensor  # bool
 
 
 def kept(dtype: torch.dtype) -> torch.dtype:
@@ -48,7 +42,7 @@ class Problem:
     kind: str
     hidden_NH: Tensor
     head: Head
-    second: Second | None  # None for "log_prob"
+    second: SharedHead | OwnHead | None  # None for "log_prob"
     tokens_N: Tensor | None
     beta: float
     clip: float | None
@@ -72,27 +66,51 @@ class Problem:
         return None if self.tokens_N is None else self.tokens_N[tokens_n] - self.shards.start
 
 
-def shared_head(student_NH: Tensor, teacher_NH: Tensor, head: Head) -> Second:
-    """The second product when student and teacher have one head: (h_s - h_t) W^T, exact however close the two are.
+@dataclass(frozen=True)
+class SharedHead:
+    """Student and teacher have one head: the second product is (h_s - h_t) W^T, exact however close the two are.
 
     A difference of two bf16 numbers takes a second bf16 number to hold, unless they are within a factor of two. Close
     rows get both numbers where they need both. Rows 1/32 and more apart take the teacher's own logits instead, for the
     price of one product: there the subtraction of float32 logits leaves a relative error of about 1e-5.
     """
-    if student_NH.dtype in (torch.float32, torch.float64):
-        everywhere = torch.ones_like(student_NH[:, 0], dtype=torch.bool)
-        return Second(student_NH - teacher_NH, None, head.weight, None, everywhere)
-    exact_NH = student_NH.float() - teacher_NH.float()
-    high_NH = exact_NH.to(student_NH.dtype)
-    left_NH = exact_NH - high_NH.float()
-    size_N = torch.linalg.vector_norm(exact_NH, dim=-1)
-    difference_N = size_N < torch.linalg.vector_norm(student_NH.float(), dim=-1) / 32
-    needs_low_N = difference_N & (torch.linalg.vector_norm(left_NH, dim=-1) > size_N * 2**-16)
-    low_NH = torch.where(needs_low_N[:, None], left_NH, 0.0).to(student_NH.dtype)
-    return Second(torch.where(difference_N[:, None], high_NH, teacher_NH), low_NH, head.weight, head.bias, difference_N)
+
+    student_NH: Tensor
+    teacher_NH: Tensor
+    head: Head
+
+    @property
+    def size(self) -> int:
+        return self.teacher_NH.shape[1]
+
+    def rows(self, tokens_n: Tensor) -> Second:
+        student_nH, teacher_nH = self.student_NH[tokens_n], self.teacher_NH[tokens_n]
+        dtype, head = student_nH.dtype, self.head
+        if dtype in (torch.float32, torch.float64):
+            everywhere = torch.ones_like(tokens_n, dtype=torch.bool)
+            return Second(student_nH - teacher_nH, None, head.weight, None, everywhere)
+        exact_nH = student_nH.float() - teacher_nH.float()
+        high_nH = exact_nH.to(dtype)
+        left_nH = exact_nH - high_nH.float()
+        size_n = torch.linalg.vector_norm(exact_nH, dim=-1)
+        difference_n = size_n < torch.linalg.vector_norm(student_nH.float(), dim=-1) / 32
+        needs_low_n = difference_n & (torch.linalg.vector_norm(left_nH, dim=-1) > size_n * 2**-16)
+        low_nH = torch.where(needs_low_n[:, None], left_nH, 0.0).to(dtype)
+        hidden_nH = torch.where(difference_n[:, None], high_nH, teacher_nH)
+        return Second(hidden_nH, low_nH, head.weight, head.bias, difference_n)
 
 
-def own_head(teacher_NH: Tensor, teacher: Head) -> Second:
-    """The second product when the teacher has a head of its own: its raw logits."""
-    nowhere = torch.zeros_like(teacher_NH[:, 0], dtype=torch.bool)
-    return Second(teacher_NH, None, teacher.weight, teacher.bias, nowhere)
+@dataclass(frozen=True)
+class OwnHead:
+    """The teacher has a head of its own: the second product is its raw logits."""
+
+    teacher_NK: Tensor
+    head: Head
+
+    @property
+    def size(self) -> int:
+        return self.teacher_NK.shape[1]
+
+    def rows(self, tokens_n: Tensor) -> Second:
+        nowhere = torch.zeros_like(tokens_n, dtype=torch.bool)
+        return Second(self.teacher_NK[tokens_n], None, self.head.weight, self.head.bias, nowhere)

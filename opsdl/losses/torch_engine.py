@@ -54,12 +54,12 @@ class TorchEngine:
         Under a soft cap tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b) keeps a difference one.
         """
         head, wide = self.problem.head, self.problem.wide
-        hidden_nK = second.hidden_NK.to(wide)
-        if second.low_NK is not None:
-            hidden_nK = hidden_nK + second.low_NK.to(wide)
+        hidden_nK = second.hidden_nK.to(wide)
+        if second.low_nK is not None:
+            hidden_nK = hidden_nK + second.low_nK.to(wide)
         shared = second.weight_VK is head.weight
-        weight_VK = self.weight_VH if shared else second.weight_VK.to(second.hidden_NK.dtype).to(wide)
-        raw_nV, is_difference = _product(hidden_nK, weight_VK, None), second.difference_N[:, None]
+        weight_VK = self.weight_VH if shared else second.weight_VK.to(second.hidden_nK.dtype).to(wide)
+        raw_nV, is_difference = _product(hidden_nK, weight_VK, None), second.difference_n[:, None]
         teacher_nV, _ = _cap(raw_nV if second.bias_V is None else raw_nV + second.bias_V.to(wide), head)
         gap_nV = self.z_nV - teacher_nV
         if is_difference.any():

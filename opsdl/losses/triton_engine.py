@@ -36,7 +36,7 @@ class TritonEngine:
             rows = problem.second.rows(tokens_n)
             same = rows.weight_VK is head.weight
             gap_weight_VK = weight_VH if same else rows.weight_VK.to(operand).contiguous()
-            second = (rows.hidden_NK, rows.low_NK, gap_weight_VK, rows.bias_V, rows.difference_N)
+            second = (rows.hidden_nK, rows.low_nK, gap_weight_VK, rows.bias_V, rows.difference_n)
         hidden_nH = problem.hidden_NH[tokens_n]
         self.operands = Operands.of(
             hidden_nH, weight_VH, head.bias, *second, problem.local_tokens(tokens_n), head.temperature, head.softcap

@@ -36,17 +36,17 @@ def make(dtype, tokens_count, size, vocabulary, *, seed, noise=0.3, teacher_size
     second = None
     if teacher_size == 0:
         teacher = (hidden.float() + scale * noise * draw(tokens_count, size)).to(dtype)
-        second = problem.shared_head(hidden, teacher, head)
+        second = problem.SharedHead(hidden, teacher, head)
     elif teacher_size is not None:
         own = (draw(vocabulary, teacher_size) * 2.5 / teacher_size**0.5).to(dtype)
         teacher_head = problem.Head(own, draw(vocabulary) if bias else None, temperature, softcap)
-        second = problem.own_head(draw(tokens_count, teacher_size).to(dtype), teacher_head)
+        second = problem.OwnHead(draw(tokens_count, teacher_size).to(dtype), teacher_head)
     names = ("gap_hidden_NK", "gap_low_NK", "gap_weight_VK", "gap_bias_V", "difference_N")
     return {
         "hidden_NH": hidden,
         "weight_VH": weight,
         "bias_V": student_bias,
-        **dict(zip(names, second or (None,) * 5, strict=True)),
+        **dict(zip(names, second.rows(torch.arange(tokens_count)) if second else (None,) * 5, strict=True)),
         "tokens_N": torch.randint(vocabulary - padding, (tokens_count,), generator=generator) if tokens else None,
         "temperature": temperature,
         "softcap": softcap,
