@@ -86,9 +86,10 @@ def _introduction(results: dict[str, Any]) -> str:
 # Fused reverse KL beside its peers
 
 Forward plus backward to dHidden and dHead; one head for student and teacher, separate hidden states. The cases take
-turns in one process: {results["rounds"]} rounds of two runs each, of which the second counts. Times are medians; a ratio is the median (and
-range) of the ratios to the bare products of the same round. Extra memory is the peak of one step in a process of its
-own, beyond the inputs, dHidden and dHead included. dH error is the relative Frobenius error of dHidden against float64.
+turns in one process: {results["rounds"]} rounds of two runs each, of which the second counts. Times are medians; a
+ratio is the median (and range) of the ratios to the bare products of the same round. Extra memory is the peak of one
+step in a process of its own, beyond the inputs, dHidden and dHead included. dH error is the relative Frobenius error of
+dHidden against float64.
 
 Machine: {machine["cpu"]}, {machine["cores"]} cores, {machine["threads"]} threads, {machine["memory_gib"]} GiB;
 {" ".join(machine["flags"]) or "no vector flags"}; {machine["date"]}.
