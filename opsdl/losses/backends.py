@@ -10,7 +10,7 @@ from functools import cache
 import torch
 import torch.distributed as dist
 
-from opsdl.losses import extension
+from opsdl import extension
 
 
 def _triton() -> str:

@@ -1,7 +1,7 @@
 """Shared prefixes: one prefill serves rollout, student forward and backward, and teacher (design, "Shared prefix").
 
-Read in this order: rows (what a response feeds), layout (who attends to whom), partial (the arithmetic), attention
-(how transformers models come here), cache, generate, hidden.
+Read in this order: rows (what a response feeds), layout and decode (who attends to whom), partial and rows_attention
+(the arithmetic), attention (how transformers models come here), cache, generate, hidden.
 """
 
 from opsdl.prefix.attention import attach, detach

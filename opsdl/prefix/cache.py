@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsdl.prefix.attention import last_hidden
-from opsdl.prefix.layout import ExtendLayout, KeyValue, PrefixLayout
-from opsdl.prefix.rows import Ragged
+from opsdl.prefix.layout import ExtendLayout, PrefixLayout
+from opsdl.prefix.rows import KeyValue, Ragged
 
 
 class StalePrefixError(RuntimeError):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from opsdl.errors import UserError
 from opsdl.prefix.attention import last_hidden
 from opsdl.prefix.cache import PrefixCache, check_prefix
-from opsdl.prefix.layout import DecodeLayout
+from opsdl.prefix.decode import DecodeLayout
 from opsdl.prefix.rows import Responses
 
 

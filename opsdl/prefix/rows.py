@@ -12,6 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+KeyValue = tuple[Tensor, Tensor]  # [1, Hkv, P, D] each: the keys and values of a prefix in one layer
+
 
 @dataclass(frozen=True)
 class Responses:

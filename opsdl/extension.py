@@ -11,7 +11,7 @@ import torch
 @cache
 def load() -> str:
     """Load the extension: "available", or why it cannot be used here."""
-    library = Path(__file__).parents[1] / "_cpu.so"
+    library = Path(__file__).parent / "_cpu.so"
     if not library.exists():
         return "not built (it needs a C++ compiler and pip install --no-build-isolation)"
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
