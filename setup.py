@@ -36,7 +36,7 @@ def extension():
 
     module = CppExtension(
         "opsdl._cpu",
-        sources=["csrc/cpu/moments.cpp", "csrc/cpu/gradient.cpp"],
+        sources=sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
         depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
         # AVX-512 throughout; the one function that needs more asks the CPU first.
         extra_compile_args=[

@@ -1,0 +1,50 @@
+"""The operators of shared prefixes: one schema each here, implementations in csrc/cpu and csrc/cuda.
+
+Every operator also has a fallback in torch, registered where it is written (`fallback`); the dispatcher prefers the
+compiled implementation of the device. Sizes: R rows, L tokens, Hq and Hkv heads, D head dim, S parts of one attention.
+out and lse are float32 (lse natural-log), whatever the operands.
+
+    attend(query [B, Hq, Lq, D], key, value [B, Hkv, Lk, D]) -> out [B, Hq, Lq, D], lse [B, Hq, Lq]
+    attend_backward: dQ, dK, dV float32 from the merged out and lse; without key_value no dK, dV, and empty tensors
+    merge_states(out [S, R, Hq, D], lse [S, R, Hq]) -> out [R, Hq, D], lse [R, Hq]
+    prefix_decode(query [R, Hq, D], key, value) -> out [R, Hq, D], lse [R, Hq]: all rows read the keys once;
+        key and value [L, Hkv, D], or pools [blocks, block_size, Hkv, D] and their block_table, int32
+    append_tokens: pool[slot // block_size, slot % block_size] = token for tokens [N, Hkv, D], slots int64 [N]
+    gather_tokens: the first `length` tokens [length, Hkv, D] of the blocks in block_table
+    copy_blocks: pool[targets] = pool[sources], int64 each
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from opsdl import extension
+
+_LIBRARY = torch.library.Library("opsdl", "FRAGMENT")
+for _schema in (
+    "attend(Tensor query, Tensor key, Tensor value, float scale, bool causal) -> (Tensor, Tensor)",
+    "attend_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, float scale,"
+    " bool causal, bool key_value) -> (Tensor, Tensor, Tensor)",
+    "merge_states(Tensor out, Tensor lse) -> (Tensor, Tensor)",
+    "merge_states_backward(Tensor grad_out, Tensor grad_lse, Tensor out_parts, Tensor lse_parts, Tensor out,"
+    " Tensor lse) -> (Tensor, Tensor)",
+    "prefix_decode(Tensor query, Tensor key, Tensor value, Tensor? block_table, int length, float scale)"
+    " -> (Tensor, Tensor)",
+    "append_tokens(Tensor(a!) pool, Tensor tokens, Tensor slots) -> ()",
+    "gather_tokens(Tensor pool, Tensor block_table, int length) -> Tensor",
+    "copy_blocks(Tensor(a!) pool, Tensor sources, Tensor targets) -> ()",
+):
+    _LIBRARY.define(_schema)
+extension.load()
+
+
+def fallback(name: str) -> Callable[[Callable], Callable]:
+    """Decorator: what the operator runs on a device that has no compiled implementation."""
+
+    def register(function: Callable) -> Callable:
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
