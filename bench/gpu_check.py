@@ -134,22 +134,23 @@ def with_gradients(loss: peers.Loss, inputs: Inputs) -> Callable[[], object]:
 def cases(x: Inputs) -> dict[str, Callable[[], Callable[[], object]]]:
     """label -> a function that makes the step; ImportError where a peer is missing."""
     ours = lambda backend: lambda i: opsdl.fused_reverse_kl(i.hidden_NH, i.weight_VH, i.teacher_NH, backend=backend)  # noqa: E731
-    far = torch.zeros(len(x.hidden_NH), dtype=torch.bool, device="cuda")
-    inputs = (x.hidden_NH, x.weight_VH, None, x.teacher_NH, None, x.weight_VH, None, far, None, 1.0, None)
+    rows_N = torch.arange(len(x.hidden_NH), device="cuda")
+    far_N = torch.zeros_like(rows_N, dtype=torch.int8)
+    inputs = (x.hidden_NH, x.weight_VH, None, x.teacher_NH, None, None, far_N, rows_N, None, 1.0, None)
 
     def moments() -> Callable[[], object]:
         from opsdl.kernels.forward import linear_moments
         from opsdl.kernels.operands import Operands
 
-        operands = Operands.of(*inputs)
+        operands = Operands(*inputs)
         return lambda: linear_moments(operands)
 
     def gradient() -> Callable[[], object]:
         from opsdl.kernels.backward import linear_gradient
         from opsdl.kernels.operands import Operands
 
-        operands = Operands.of(*inputs)
-        factors = tuple(torch.full((len(far),), value, device="cuda") for value in (5.0, 5.0, 0.0, 1e-4, 0.0, 0.0))
+        operands = Operands(*inputs)
+        factors = [torch.full((len(rows_N),), value, device="cuda") for value in (5.0, 5.0, 0.0, 1e-4, 0.0, 0.0)]
         out = torch.empty_like(x.hidden_NH), torch.empty(x.weight_VH.shape, device="cuda"), None
         return lambda: linear_gradient(operands, factors, *out)
 

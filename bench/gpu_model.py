@@ -19,15 +19,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 SHAPES = ((8192, 4096, 128256), (8192, 2048, 151936), (1024, 1024, 32000))  # N tokens, H hidden size, V vocabulary
 PEAK, BANDWIDTH = 989e12, 3.35e12  # H100 SXM: dense bf16 operations a second, bytes of memory a second
 PROCESSORS, L2_BYTES = 132, 50e6
 KERNELS = {"forward": ("moments_kernel",), "backward": ("gradient_kernel", "product_kernel")}
-BY_TOKEN, BY_ENTRY = ("hidden_ptr", "gap_hidden_ptr", "gap_low_ptr"), ("weight_ptr", "gap_weight_ptr")
-RESULTS = ("moments_ptr", "picked_ptr", "grad_ptr", "draw_ptr")
+BY_TOKEN, BY_ENTRY = ("hidden_ptr", "teacher_ptr"), ("weight_ptr", "teacher_weight_ptr")
+RESULTS = ("moments_ptr", "picked_ptr", "grad_ptr")
 
 
 @dataclass
@@ -69,16 +68,16 @@ class Recorder:
 
 
 def logits_work(x: dict[str, Any], grid: tuple[int, ...]) -> tuple[str, Work]:
-    """Tiles of logits from one to three products; with SHARED, one load of the head's tile serves two of them."""
+    """Tiles of logits from one or two products; with SHARED, one load of the head's tile serves both."""
     N, V, BN, BV = x["N"], x["V"], x["BN"], x["BV"]
-    depths = [x["H"]] + [x["K"]] * (bool(x["HAS_GAP"]) + bool(x["HAS_LOW"]))
-    heads = depths[1:] if x.get("SHARED") else depths
+    depths = [x["H"]] + [x["K"]] * bool(x["HAS_TEACHER"])
+    heads = depths[:1] if x["SHARED"] else depths
     size = x["hidden_ptr"].element_size()
     loads = ceil_div(N, BN) * ceil_div(V, BV) * size * (BN * sum(depths) + BV * sum(heads))
     by_token = sum(BN * t.shape[1] * size for t in (x[name] for name in BY_TOKEN) if t is not None)
-    by_entry = {place(t): BV * t.shape[1] * size for t in (x[name] for name in BY_ENTRY) if t is not None}
+    by_entry = sum(BV * t.shape[1] * size for t in (x[name] for name in BY_ENTRY) if t is not None)
     results = [t for t in (x.get(name) for name in RESULTS) if t is not None]
-    memory = missed(programs(x, grid), by_token, sum(by_entry.values()))
+    memory = missed(programs(x, grid), by_token, by_entry)
     memory += sum(t.numel() * t.element_size() for t in results)
     return "moments" if "moments_ptr" in x else "logit gradient", Work(1, 2.0 * N * V * sum(depths), loads, memory)
 
@@ -124,11 +123,6 @@ def product_work(x: dict[str, Any]) -> tuple[str, Work]:
     return "dHead" if x["a_row"] == 1 else "dHidden", Work(1, 2.0 * M * N * K, loads, memory)
 
 
-def place(x: Tensor) -> tuple:
-    """The same for two views of the same memory."""
-    return x.untyped_storage()._cdata, x.storage_offset(), x.shape
-
-
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -146,19 +140,16 @@ def recorders(package: str) -> Iterator[dict[str, Work]]:
         yield work
 
 
-def count(N: int, H: int, V: int, split: bool, package: str = "opsdl.kernels") -> dict[str, Work]:
-    """Work of each kernel for one reverse KL and its gradients in bf16, student and teacher of one head.
-
-    split: hidden differences are pairs of bf16 numbers, as `opsdl.losses.problem.SharedHead` gives them.
-    """
+def count(N: int, H: int, V: int, package: str = "opsdl.kernels") -> dict[str, Work]:
+    """Work of each kernel for one reverse KL and its gradients in bf16, student and teacher of one head."""
     empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
-    hidden_NH, weight_VH, difference_N = empty(N, H), empty(V, H), empty(N, dtype=torch.bool)
-    low_NH = empty(N, H) if split else None
+    near_N, rows_N = empty(N, dtype=torch.int8), empty(N, dtype=torch.int64)
+    factors_6N = [empty(N, dtype=torch.float32) for _ in range(6)]
     gradients = empty(N, H), empty(V, H, dtype=torch.float32), None
-    inputs = (hidden_NH, weight_VH, None, empty(N, H), low_NH, weight_VH, None, difference_N, None)
-    factors_6N = tuple(empty(N, dtype=torch.float32) for _ in range(6))
     forward, backward = (importlib.import_module(f"{package}.{name}") for name in KERNELS)
-    operands = importlib.import_module(f"{package}.operands").Operands.of(*inputs, 1.0, None)
+    operands = importlib.import_module(f"{package}.operands").Operands(
+        empty(N, H), empty(V, H), None, empty(N, H), None, None, near_N, rows_N, None, 1.0, None
+    )
     with recorders(package) as work, Allocations() as allocated:
         moments_7SN, _ = forward.linear_moments(operands)
         work["moments"].workspace_bytes = moments_7SN.numel() * 4
@@ -212,11 +203,9 @@ def table(N: int, H: int, V: int, package: str = "opsdl.kernels") -> str:
     columns = ("kernel", "launches", "products", "TFLOP", "tile loads GB", "FLOP/B", "memory GB", "workspace MiB")
     columns += ("roofline ms", "bound")
     lines = [f"## N={N} H={H} V={V}, bf16\n", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for split, label in ((False, "all"), (True, "all, differences in two parts")):
-        work = count(N, H, V, split, package)
-        if not split:
-            lines += [row(name, part, product) for name, part in work.items()]
-        lines.append(row(f"**opsdl, {label}**", sum(work.values(), Work()), product, whole_seconds(work)))
+    work = count(N, H, V, package)
+    lines += [row(name, part, product) for name, part in work.items()]
+    lines.append(row("**opsdl**", sum(work.values(), Work()), product, whole_seconds(work)))
     lines.append(row("TRL 1.16", trl(N, H, V), product))
     lines.append(row("four bare products", Work(0, 4 * product, 0.0, 0.0), product))
     return "\n".join(lines) + "\n"
@@ -232,8 +221,8 @@ serve when 132 programs run in step, and the results; products from the workspac
 read their operands once. **Workspace** is what is allocated besides dHidden and a float32 dHead. The **roofline** is
 the larger of operations / 989 TFLOP/s and memory / 3.35 TB/s, and for a whole the sum of its kernels'.
 
-"Differences in two parts" is what close bf16 hidden states may need (`opsdl/losses/problem.py`): the most that it
-can cost.
+A token whose hidden states are close and need more than bf16 for their difference (`kernels/operands.py`) takes a third
+product in the two kernels of logits, which is not counted.
 """
 
 

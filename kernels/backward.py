@@ -1,4 +1,4 @@
-"""The gradient: tiles of logits again, their gradient into a workspace of 32 MiB, and from there two products.
+"""The gradient: tiles of logits again, their gradient into a workspace, and from there two products.
 
 Tokens and vocabulary are cut into chunks that fit the workspace; chunks follow one another, so dHidden and dWeight are
 sums in a fixed order, in float32, without atomics.
@@ -17,27 +17,28 @@ from torch import Tensor
 
 @triton.jit
 def gradient_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, gap_hidden_ptr, gap_low_ptr, low_rows_ptr, gap_weight_ptr, gap_bias_ptr,
-    difference_ptr, tokens_ptr, top_ptr, log_sum_ptr, mean_gap_ptr, on_gap_ptr, on_prob_ptr, on_token_ptr, grad_ptr,
-    N, V, H, K, hidden_stride, weight_stride, gap_hidden_stride, gap_weight_stride, temperature, softcap,
+    hidden_ptr, weight_ptr, bias_ptr, teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, near_ptr, rows_ptr,
+    tokens_ptr, top_ptr, log_sum_ptr, mean_gap_ptr, on_gap_ptr, on_prob_ptr, on_token_ptr, grad_ptr,
+    N, V, H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride, temperature, softcap,
     first_column, grad_stride,
-    HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_LOW: tl.constexpr, HAS_GAP_BIAS: tl.constexpr,
-    HAS_TOKENS: tl.constexpr, CAPPED: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TOKENS: tl.constexpr,
+    CAPPED: tl.constexpr, SHARED: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A program: the gradient for the raw logits of one tile, into grad [N, V] of the chunk."""
     tile_n, tile_v = grouped(tl.cdiv(N, BN), tl.cdiv(V, BV), GROUP)
     row_n, column_v = tile_n * BN + tl.arange(0, BN), tile_v * BV + tl.arange(0, BV)
     mask_n, mask_v = row_n < N, column_v < V
-    is_difference_n = tl.load(difference_ptr + row_n, mask=mask_n, other=0) != 0 if HAS_GAP else row_n < 0
+    at_n = tl.load(rows_ptr + row_n, mask=mask_n, other=0)
+    near_n = tl.load(near_ptr + row_n, mask=mask_n, other=0) if SHARED else row_n * 0
     raw, second = raw_logits(
-        hidden_ptr, weight_ptr, gap_hidden_ptr, gap_low_ptr, low_rows_ptr, gap_weight_ptr, row_n, mask_n, column_v,
-        mask_v, H, K, hidden_stride, weight_stride, gap_hidden_stride, gap_weight_stride,
-        HAS_GAP, HAS_LOW, SHARED, PRECISION, BN, BV, BH,
+        hidden_ptr, weight_ptr, teacher_ptr, teacher_weight_ptr, at_n, near_n, mask_n, column_v, mask_v,
+        H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride,
+        HAS_TEACHER, SHARED, ROUNDED, PRECISION, BN, BV, BH,
     )  # fmt: skip
     z, gap_nv, slope = logits_and_gap(
-        raw, second, is_difference_n, mask_v, bias_ptr, gap_bias_ptr, column_v, temperature, softcap,
-        HAS_BIAS, HAS_GAP, HAS_GAP_BIAS, CAPPED,
+        raw, second, near_n > 0, mask_v, bias_ptr, teacher_bias_ptr, column_v, temperature, softcap,
+        HAS_BIAS, HAS_TEACHER, HAS_TEACHER_BIAS, CAPPED,
     )  # fmt: skip
     top_n = tl.load(top_ptr + row_n, mask=mask_n, other=0.0)
     log_sum_n = tl.load(log_sum_ptr + row_n, mask=mask_n, other=0.0)
@@ -84,42 +85,44 @@ def product_kernel(
 
 def linear_gradient(
     operands: Operands,
-    factors_6N: tuple[Tensor, ...],
-    grad_hidden_NH: Tensor | None,
+    factors_6N: list[Tensor],
+    grad_hidden_MH: Tensor | None,
     grad_weight_VH: Tensor | None,
     grad_bias_V: Tensor | None,
 ) -> None:
-    """Fills the gradients asked for, of sum_n loss_n; grad_hidden is of any dtype, grad_weight and grad_bias are
-    float32.
+    """Fills the gradients asked for, of sum_n loss_n; grad_hidden is of any dtype, and its rows rows_N are written,
+    grad_weight and grad_bias are float32.
 
     factors: top, log_sum, mean_gap, on_gap, on_prob, on_token of each token; dz = p (on_gap (gap - mean_gap) + on_prob)
     + on_token [v = token], p = exp(z - top - log_sum).
     """
-    (N, H), V = operands.hidden_NH.shape, len(operands.weight_VH)
-    dtype = operands.hidden_NH.dtype
-    tiles = config(dtype, operands.hidden_NH.device)
+    N, (V, H) = len(operands.rows_N), operands.weight_VH.shape
+    dtype = operands.hidden_MH.dtype
+    tiles = config(dtype, operands.hidden_MH.device)
     tile = tiles.gradient if operands.softcap is None else tiles.capped
     rows, columns = chunks(N, V, H, dtype.itemsize, tile)
     workspace, sum_hidden = operands.empty(rows, columns, dtype=dtype), operands.empty(rows, H)
+    hidden = operands.empty(rows, H, dtype=dtype)
     if grad_bias_V is not None:
         grad_bias_V.zero_()
     for n in range(0, N, rows):
         some = slice(n, n + rows)
         of_tokens, factors_6n = operands.tokens(some), [x[some] for x in factors_6N]
-        hidden_nH = of_tokens.hidden_NH
+        count = len(of_tokens.rows_N)
+        hidden_nH = torch.index_select(operands.hidden_MH, 0, of_tokens.rows_N, out=hidden[:count])
         for v in range(0, V, columns):
             these = slice(v, v + columns)
             part = of_tokens.entries(these)
-            grad_nv = workspace[: len(hidden_nH), : len(part.weight_VH)]
+            grad_nv = workspace[:count, : len(part.weight_VH)]
             _logit_gradient(part, factors_6n, v, grad_nv, tile)
-            if grad_hidden_NH is not None:
-                _product(grad_nv, part.weight_VH, sum_hidden[: len(grad_nv)], v > 0, tiles.product)
+            if grad_hidden_MH is not None:
+                _product(grad_nv, part.weight_VH, sum_hidden[:count], v > 0, tiles.product)
             if grad_weight_VH is not None:
                 _product(grad_nv.T, hidden_nH, grad_weight_VH[these], n > 0, tiles.product)
             if grad_bias_V is not None:
                 grad_bias_V[these] += grad_nv.sum(0, dtype=torch.float32)
-        if grad_hidden_NH is not None:
-            grad_hidden_NH[some] = sum_hidden[: len(hidden_nH)]
+        if grad_hidden_MH is not None:
+            grad_hidden_MH[of_tokens.rows_N] = sum_hidden[:count].to(grad_hidden_MH.dtype)
 
 
 def _logit_gradient(operands: Operands, factors_6n: list[Tensor], first: int, grad_nv: Tensor, tile: Tile) -> None:

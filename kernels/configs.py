@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-WORKSPACE_BYTES = 32 << 20  # of logit gradients; dHidden's accumulator takes as much at most
+WORKSPACE_BYTES = 32 << 20  # of logit gradients; dHidden's sums and the tokens' hidden states take as much at most
 PROGRAMS = 4 * 132  # enough to fill an H100 four times over: the vocabulary is split until there are so many
 MOMENTS_BYTES = 10 * 4  # of one token and split
 GROUP = 16  # tiles of tokens that share what L2 holds of the vocabulary: bench/gpu_model.py counts what that saves
@@ -38,13 +38,13 @@ class Config:
 _FLOAT32 = Config(*[Tile(64, 64, 16, 8, 2)] * 3, product=Tile(64, 64, 32, 8, 2))
 _HALF = {  # by the major number of the compute capability; newer ones take the newest here
     8: Config(
-        moments=Tile(64, 64, 64, 8, 3),
-        capped=Tile(64, 64, 64, 8, 3),
-        gradient=Tile(64, 128, 64, 8, 3),
+        moments=Tile(64, 64, 32, 8, 4),
+        capped=Tile(64, 64, 32, 8, 4),
+        gradient=Tile(64, 128, 32, 8, 4),
         product=Tile(128, 128, 64, 8, 3),
     ),
     9: Config(
-        moments=Tile(64, 128, 32, 8, 3),
+        moments=Tile(64, 128, 32, 8, 4),
         capped=Tile(64, 64, 64, 8, 3),
         gradient=Tile(64, 128, 64, 8, 3),
         product=Tile(128, 128, 64, 8, 3),
@@ -66,7 +66,7 @@ def config(dtype: torch.dtype, device: torch.device) -> Config:
 def splits(tokens: int, vocabulary: int, tile: Tile) -> int:
     """Parts of the vocabulary that programs of the forward share out.
 
-    At least so many that GROUP tiles of tokens fill the machine, unless their moments would take more than 32 MiB.
+    At least so many that GROUP tiles of tokens fill the machine, unless the moments would exceed WORKSPACE_BYTES.
     """
     token_tiles, vocabulary_tiles = -(-tokens // tile.rows), -(-vocabulary // tile.columns)
     wanted = max(PROGRAMS // token_tiles, PROGRAMS // (4 * GROUP))
@@ -75,15 +75,15 @@ def splits(tokens: int, vocabulary: int, tile: Tile) -> int:
 
 def chunks(tokens: int, vocabulary: int, hidden: int, operand_bytes: int, tile: Tile) -> tuple[int, int]:
     """Tokens and vocabulary entries whose logit gradients are in the workspace at a time."""
-    rows = max(tile.rows, min(2048, WORKSPACE_BYTES // (4 * hidden)) // tile.rows * tile.rows)
+    rows = max(tile.rows, min(2048, WORKSPACE_BYTES // ((4 + operand_bytes) * hidden)) // tile.rows * tile.rows)
     columns = max(tile.columns, WORKSPACE_BYTES // (rows * operand_bytes) // tile.columns * tile.columns)
-    return min(rows, tokens), min(columns, vocabulary)
+    return max(1, min(rows, tokens)), min(columns, vocabulary)
 
 
 def workspace_bytes(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, config: Config) -> int:
-    """What the backward allocates besides dHidden and a float32 dWeight."""
+    """What the backward allocates besides dHidden and a float32 dWeight: logit gradients, sums, and hidden states."""
     rows, columns = chunks(tokens, vocabulary, hidden, dtype.itemsize, config.gradient)
-    return rows * columns * dtype.itemsize + rows * hidden * 4
+    return rows * columns * dtype.itemsize + rows * hidden * (4 + dtype.itemsize)
 
 
 def moments_bytes(tokens: int, vocabulary: int, config: Config) -> int:

@@ -13,19 +13,20 @@ from torch import Tensor
 
 @triton.jit
 def moments_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, gap_hidden_ptr, gap_low_ptr, low_rows_ptr, gap_weight_ptr, gap_bias_ptr,
-    difference_ptr, tokens_ptr, moments_ptr, picked_ptr,
-    N, V, H, K, hidden_stride, weight_stride, gap_hidden_stride, gap_weight_stride, temperature, softcap, splits,
+    hidden_ptr, weight_ptr, bias_ptr, teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, near_ptr, rows_ptr,
+    tokens_ptr, moments_ptr, picked_ptr,
+    N, V, H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride, temperature, softcap, splits,
     tiles_per_split,
-    HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_LOW: tl.constexpr, HAS_GAP_BIAS: tl.constexpr,
-    HAS_TOKENS: tl.constexpr, CAPPED: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, HAS_TOKENS: tl.constexpr,
+    CAPPED: tl.constexpr, SHARED: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A program takes BN tokens and the tiles of one split of the vocabulary: moments [7, S, N], picked [3, S, N]."""
     tile_n, split = grouped(tl.cdiv(N, BN), splits, GROUP)
     row_n = tile_n * BN + tl.arange(0, BN)
     mask_n = row_n < N
-    is_difference_n = tl.load(difference_ptr + row_n, mask=mask_n, other=0) != 0 if HAS_GAP else row_n < 0
+    at_n = tl.load(rows_ptr + row_n, mask=mask_n, other=0)
+    near_n = tl.load(near_ptr + row_n, mask=mask_n, other=0) if SHARED else row_n * 0
     token_n = tl.load(tokens_ptr + row_n, mask=mask_n, other=-1) if HAS_TOKENS else row_n
     top = tl.full((BN,), -float("inf"), tl.float32)
     teacher_top = top
@@ -36,13 +37,13 @@ def moments_kernel(
         column_v = tile * BV + tl.arange(0, BV)
         mask_v = column_v < V
         raw, second = raw_logits(
-            hidden_ptr, weight_ptr, gap_hidden_ptr, gap_low_ptr, low_rows_ptr, gap_weight_ptr, row_n, mask_n, column_v,
-            mask_v, H, K, hidden_stride, weight_stride, gap_hidden_stride, gap_weight_stride,
-            HAS_GAP, HAS_LOW, SHARED, PRECISION, BN, BV, BH,
+            hidden_ptr, weight_ptr, teacher_ptr, teacher_weight_ptr, at_n, near_n, mask_n, column_v, mask_v,
+            H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride,
+            HAS_TEACHER, SHARED, ROUNDED, PRECISION, BN, BV, BH,
         )  # fmt: skip
         z, gap_nv, slope = logits_and_gap(
-            raw, second, is_difference_n, mask_v, bias_ptr, gap_bias_ptr, column_v, temperature, softcap,
-            HAS_BIAS, HAS_GAP, HAS_GAP_BIAS, CAPPED,
+            raw, second, near_n > 0, mask_v, bias_ptr, teacher_bias_ptr, column_v, temperature, softcap,
+            HAS_BIAS, HAS_TEACHER, HAS_TEACHER_BIAS, CAPPED,
         )  # fmt: skip
         if HAS_TOKENS:
             here = mask_v[None, :] & (column_v[None, :] == token_n[:, None])
@@ -70,8 +71,8 @@ def moments_kernel(
 
 def linear_moments(operands: Operands) -> tuple[Tensor, Tensor]:
     """Moments [7, S, N] of S parts of the vocabulary, and (logit, gap, slope) at the tokens [3, N]; float32."""
-    N, V = len(operands.hidden_NH), len(operands.weight_VH)
-    tiles = config(operands.hidden_NH.dtype, operands.hidden_NH.device)
+    N, V = len(operands.rows_N), len(operands.weight_VH)
+    tiles = config(operands.hidden_MH.dtype, operands.hidden_MH.device)
     tile = tiles.moments if operands.softcap is None else tiles.capped
     tile_count = triton.cdiv(V, tile.columns)
     per_split = triton.cdiv(tile_count, splits(N, V, tile))

@@ -34,56 +34,66 @@ def product(
 
 
 @triton.jit
-def raw_logits(
-    hidden_ptr, weight_ptr, gap_hidden_ptr, gap_low_ptr, low_rows_ptr, gap_weight_ptr, row_n, mask_n, column_v, mask_v,
-    H, K, hidden_stride, weight_stride, gap_hidden_stride, gap_weight_stride,
-    HAS_GAP: tl.constexpr, HAS_LOW: tl.constexpr, SHARED: tl.constexpr, PRECISION: tl.constexpr,
-    BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
+def near_products(
+    hidden_ptr, teacher_ptr, weight_ptr, row_n, near_n, mask_n, column_v, mask_v, depth, hidden_stride, teacher_stride,
+    weight_stride,
+    ROUNDED: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both raw products of a tile, [BN, BV]; the second is the first where there is no teacher."""
-    if SHARED:
-        raw, second = two_products(
-            hidden_ptr, gap_hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, H, hidden_stride,
-            gap_hidden_stride, weight_stride, BN, BV, BH, PRECISION,
-        )  # fmt: skip
-    else:
-        raw = product(
-            hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, H, hidden_stride, weight_stride, BN, BV, BH,
-            PRECISION
-        )  # fmt: skip
-        second = raw
-        if HAS_GAP:
-            second = product(
-                gap_hidden_ptr, gap_weight_ptr, row_n, mask_n, column_v, mask_v, K, gap_hidden_stride,
-                gap_weight_stride, BN, BV, BH, PRECISION,
-            )  # fmt: skip
-    if HAS_LOW:
-        # Few tokens have a low part, so for most tiles this loop has no step.
-        depth = K * tl.max(tl.load(low_rows_ptr + row_n, mask=mask_n, other=0).to(tl.int32), 0)
-        second += product(
-            gap_low_ptr, gap_weight_ptr, row_n, mask_n, column_v, mask_v, depth, gap_hidden_stride, gap_weight_stride,
-            BN, BV, BH, PRECISION,
-        )  # fmt: skip
-    return raw, second
-
-
-@triton.jit
-def two_products(
-    hidden_ptr, gap_hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, depth, hidden_stride, gap_hidden_stride,
-    weight_stride, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """`product` of two hidden states with one head, every piece of which is loaded once."""
+    """Both products with one head, every piece of which is loaded once; the second by near_n (operands.py)."""
     step_h = tl.arange(0, BH)
     hidden = hidden_ptr + row_n.to(tl.int64)[:, None] * hidden_stride + step_h[None, :]
-    gap_hidden = gap_hidden_ptr + row_n.to(tl.int64)[:, None] * gap_hidden_stride + step_h[None, :]
+    teacher = teacher_ptr + row_n.to(tl.int64)[:, None] * teacher_stride + step_h[None, :]
     weight = weight_ptr + column_v.to(tl.int64)[None, :] * weight_stride + step_h[:, None]
     raw, second = tl.zeros((BN, BV), tl.float32), tl.zeros((BN, BV), tl.float32)
     for start in range(0, depth, BH):
         inside = step_h < depth - start
         mask = mask_n[:, None] & inside[None, :]
+        a = tl.load(hidden + start, mask=mask, other=0.0)
+        t = tl.load(teacher + start, mask=mask, other=0.0)
         b = tl.load(weight + start, mask=mask_v[None, :] & inside[:, None], other=0.0)
-        raw = tl.dot(tl.load(hidden + start, mask=mask, other=0.0), b, raw, input_precision=PRECISION)
-        second = tl.dot(tl.load(gap_hidden + start, mask=mask, other=0.0), b, second, input_precision=PRECISION)
+        raw = tl.dot(a, b, raw, input_precision=PRECISION)
+        wide = t.to(tl.float32)
+        taken = tl.where(near_n[:, None] > 0, a.to(tl.float32) - wide, wide)
+        second = tl.dot(taken.to(t.dtype), b, second, input_precision=PRECISION)
+    if ROUNDED:
+        # Few tokens need what the rounding left, so for most tiles this loop has no step.
+        left_n = near_n == 2
+        for start in range(0, depth * tl.max(left_n.to(tl.int32), 0), BH):
+            inside = step_h < depth - start
+            mask = left_n[:, None] & inside[None, :]
+            a = tl.load(hidden + start, mask=mask, other=0.0)
+            t = tl.load(teacher + start, mask=mask, other=0.0)
+            b = tl.load(weight + start, mask=mask_v[None, :] & inside[:, None], other=0.0)
+            difference = a.to(tl.float32) - t.to(tl.float32)
+            left = difference - difference.to(t.dtype).to(tl.float32)
+            second = tl.dot(left.to(t.dtype), b, second, input_precision=PRECISION)
+    return raw, second
+
+
+@triton.jit
+def raw_logits(
+    hidden_ptr, weight_ptr, teacher_ptr, teacher_weight_ptr, row_n, near_n, mask_n, column_v, mask_v,
+    H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride,
+    HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Both raw products of a tile, [BN, BV]; the second is the first where there is no teacher."""
+    if SHARED:
+        raw, second = near_products(
+            hidden_ptr, teacher_ptr, weight_ptr, row_n, near_n, mask_n, column_v, mask_v, H, hidden_stride,
+            teacher_stride, weight_stride, ROUNDED, BN, BV, BH, PRECISION,
+        )  # fmt: skip
+    else:
+        raw = product(
+            hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, H, hidden_stride, weight_stride, BN, BV, BH,
+            PRECISION,
+        )  # fmt: skip
+        second = raw
+        if HAS_TEACHER:
+            second = product(
+                teacher_ptr, teacher_weight_ptr, row_n, mask_n, column_v, mask_v, K, teacher_stride,
+                teacher_weight_stride, BN, BV, BH, PRECISION,
+            )  # fmt: skip
     return raw, second
 
 
@@ -111,8 +121,8 @@ def tanh(x):
 
 @triton.jit
 def logits_and_gap(
-    raw, second, is_difference_n, mask_v, bias_ptr, gap_bias_ptr, column_v, temperature, softcap,
-    HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_GAP_BIAS: tl.constexpr, CAPPED: tl.constexpr,
+    raw, second, is_difference_n, mask_v, bias_ptr, teacher_bias_ptr, column_v, temperature, softcap,
+    HAS_BIAS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """(z, gap, slope) from raw products: z = cap tanh(raw / cap) / temperature, slope = dz / draw.
 
@@ -123,8 +133,8 @@ def logits_and_gap(
     if HAS_BIAS:
         raw += tl.load(bias_ptr + column_v, mask=mask_v, other=0.0).to(tl.float32)[None, :]
     difference = is_difference_n[:, None]
-    if HAS_GAP_BIAS:
-        bias_v = tl.load(gap_bias_ptr + column_v, mask=mask_v, other=0.0).to(tl.float32)
+    if HAS_TEACHER_BIAS:
+        bias_v = tl.load(teacher_bias_ptr + column_v, mask=mask_v, other=0.0).to(tl.float32)
         second += tl.where(difference, 0.0, bias_v[None, :])
     if CAPPED:
         # t is tanh(a - b) or tanh b; tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b)
@@ -137,7 +147,7 @@ def logits_and_gap(
         z, teacher = raw / temperature, second / temperature
         slope = 1 / temperature + tl.zeros_like(z)
     z = tl.where(mask_v[None, :] & (raw != -float("inf")), z, -float("inf"))
-    if not HAS_GAP:
+    if not HAS_TEACHER:
         return z, tl.where(z != -float("inf"), 0.0, float("inf")), slope
     own = mask_v[None, :] & (difference == 0) & (second != -float("inf"))
     gap = tl.where(difference | own, gap, float("inf"))

@@ -40,11 +40,8 @@ def run(problem: Problem, scale_N: Tensor, wanted: tuple[bool, bool, bool], back
     names = kinds.names(problem.kind, problem.tokens_N is not None, problem.skip_tolerance > 0)
     values_N, stats_SN = torch.zeros_like(scale_N), scale_N.new_zeros(len(names), len(scale_N))
     for tokens_n in _blocks(active_n, engine):
-        parts_7Kn, picked_3n = engine.moments(tokens_n)
-        whole_7n = moments.merge(problem.shards.gather(moments.merge(parts_7Kn)))
-        stats = moments.statistics(whole_7n)
+        stats, picked_3n = _statistics(engine, tokens_n, problem.shards)
         divergence_n = None if problem.beta == 1 else engine.mix(problem.beta, stats)
-        picked_3n = problem.shards.sum(picked_3n)
         value_n, factors = kinds.finish(problem.kind, problem.clip, stats, picked_3n, divergence_n)
         if any(wanted):
             engine.prepare(stats, factors.scaled(scale_N[tokens_n]))
@@ -74,6 +71,13 @@ def _blocks(tokens_n: Tensor, engine: Engine) -> tuple[Tensor, ...]:
         return ()
     count = -(-len(tokens_n) // engine.block)
     return tokens_n.split(-(-len(tokens_n) // (count * engine.panel)) * engine.panel)
+
+
+def _statistics(engine: Engine, tokens_n: Tensor, shards: Shards) -> tuple[dict[str, Tensor], Tensor]:
+    """Statistics of the whole vocabulary, and what was picked from it; the moments of its parts end here."""
+    parts_7Kn, picked_3n = engine.moments(tokens_n)
+    whole_7n = moments.merge(shards.gather(moments.merge(parts_7Kn)))
+    return moments.statistics(whole_7n), shards.sum(picked_3n)
 
 
 def _narrow(wide_VH: Tensor, dtype: torch.dtype) -> Tensor:

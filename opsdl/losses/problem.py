@@ -10,6 +10,8 @@ from torch import Tensor
 
 from opsdl.losses.shards import Shards
 
+NEAR_BYTES = 32 << 20  # that SharedHead.near takes
+
 
 class Head(NamedTuple):
     """The map from hidden states to logits: softcap * tanh((hidden weight^T + bias) / softcap) / temperature."""
@@ -92,12 +94,28 @@ class SharedHead:
         exact_nH = student_nH.float() - teacher_nH.float()
         high_nH = exact_nH.to(dtype)
         left_nH = exact_nH - high_nH.float()
-        size_n = torch.linalg.vector_norm(exact_nH, dim=-1)
-        difference_n = size_n < torch.linalg.vector_norm(student_nH.float(), dim=-1) / 32
-        needs_low_n = difference_n & (torch.linalg.vector_norm(left_nH, dim=-1) > size_n * 2**-16)
-        low_nH = torch.where(needs_low_n[:, None], left_nH, 0.0).to(dtype)
-        hidden_nH = torch.where(difference_n[:, None], high_nH, teacher_nH)
-        return Second(hidden_nH, low_nH, head.weight, head.bias, difference_n)
+        near_n = _near(student_nH, exact_nH, left_nH)
+        low_nH = torch.where((near_n == 2)[:, None], left_nH, 0.0).to(dtype)
+        hidden_nH = torch.where((near_n > 0)[:, None], high_nH, teacher_nH)
+        return Second(hidden_nH, low_nH, head.weight, head.bias, near_n > 0)
+
+    def near(self, tokens_n: Tensor) -> Tensor:
+        """[n] int8: 0 where `rows` takes the teacher's logits, 1 where a difference, 2 where one with a low part."""
+        if self.student_NH.dtype in (torch.float32, torch.float64):
+            return torch.ones_like(tokens_n, dtype=torch.int8)
+        near_n = torch.empty_like(tokens_n, dtype=torch.int8)
+        some = max(1, NEAR_BYTES // (16 * self.size))  # at once: four float32 numbers of each hidden unit
+        for part_n, out_n in zip(tokens_n.split(some), near_n.split(some), strict=True):
+            student_nH, teacher_nH = self.student_NH[part_n], self.teacher_NH[part_n]
+            exact_nH = student_nH.float() - teacher_nH.float()
+            out_n.copy_(_near(student_nH, exact_nH, exact_nH - exact_nH.to(student_nH.dtype).float()))
+        return near_n
+
+
+def _near(student_nH: Tensor, exact_nH: Tensor, left_nH: Tensor) -> Tensor:
+    size_n = torch.linalg.vector_norm(exact_nH, dim=-1)
+    difference_n = size_n < torch.linalg.vector_norm(student_nH, dim=-1, dtype=torch.float32) / 32
+    return difference_n.to(torch.int8) * (1 + (torch.linalg.vector_norm(left_nH, dim=-1) > size_n * 2**-16))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from opsdl.losses.kinds import Factors
-from opsdl.losses.problem import Problem
+from opsdl.losses.problem import Problem, SharedHead
 
 
 class TritonEngine:
@@ -28,19 +28,19 @@ class TritonEngine:
         from opsdl.kernels.operands import Operands
 
         problem, head = self.problem, self.problem.head
-        self.tokens_n = tokens_n
-        operand = problem.hidden_NH.dtype
-        weight_VH = head.weight.to(operand).contiguous()
-        second = (None,) * 5
-        if problem.second is not None:
-            rows = problem.second.rows(tokens_n)
-            same = rows.weight_VK is head.weight
-            gap_weight_VK = weight_VH if same else rows.weight_VK.to(operand).contiguous()
-            second = (rows.hidden_nK, rows.low_nK, gap_weight_VK, rows.bias_V, rows.difference_n)
-        hidden_nH = problem.hidden_NH[tokens_n]
-        self.operands = Operands.of(
-            hidden_nH, weight_VH, head.bias, *second, problem.local_tokens(tokens_n), head.temperature, head.softcap
-        )
+        dtype = problem.hidden_NH.dtype
+        teacher = (None,) * 4
+        if isinstance(problem.second, SharedHead):
+            # In float32 every token's second product is a difference, to which no bias belongs.
+            bias_V = None if dtype == torch.float32 else head.bias
+            teacher = (_rows_contiguous(problem.second.teacher_NH), None, bias_V, problem.second.near(tokens_n))
+        elif problem.second is not None:
+            own = problem.second.head
+            teacher = (_rows_contiguous(problem.second.teacher_NK), own.weight.to(dtype).contiguous(), own.bias, None)
+        self.operands = Operands(
+            _rows_contiguous(problem.hidden_NH), head.weight.to(dtype).contiguous(), head.bias, *teacher, tokens_n,
+            problem.local_tokens(tokens_n), head.temperature, head.softcap,
+        )  # fmt: skip
         return linear_moments(self.operands)
 
     def prepare(self, stats: dict[str, Tensor], factors: Factors) -> None:
@@ -58,19 +58,19 @@ class TritonEngine:
         """Compute the gradients, of the kept tokens."""
         from opsdl.kernels.backward import linear_gradient
 
-        operands, tokens_n = self.operands, self.tokens_n
+        operands = self.operands
         factors_6n = [*(self.stats[name] for name in ("top", "log_sum", "mean_gap")), *self.factors]
         if kept_1n is not None:
-            operands, tokens_n = operands.tokens(kept_1n[0]), tokens_n[kept_1n[0]]
-            factors_6n = [x[kept_1n[0]] for x in factors_6n]
+            operands, factors_6n = operands.tokens(kept_1n[0]), [x[kept_1n[0]] for x in factors_6n]
         rows, (want_hidden, want_weight, want_bias) = len(operands.weight_VH), self.wanted
-        grad_nH = operands.empty(*operands.hidden_NH.shape, dtype=self.grad_hidden.dtype) if want_hidden else None
         linear_gradient(
-            operands, [x.contiguous() for x in factors_6n], grad_nH, self.grad_weight[:rows] if want_weight else None,
-            self.grad_bias[:rows] if want_bias else None,
+            operands, [x.contiguous() for x in factors_6n], self.grad_hidden if want_hidden else None,
+            self.grad_weight[:rows] if want_weight else None, self.grad_bias[:rows] if want_bias else None,
         )  # fmt: skip
-        if want_hidden:
-            self.grad_hidden[tokens_n] = grad_nH
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.grad_hidden, self.grad_weight, self.grad_bias
+
+
+def _rows_contiguous(hidden_NH: Tensor) -> Tensor:
+    return hidden_NH if hidden_NH.stride(1) == 1 else hidden_NH.contiguous()

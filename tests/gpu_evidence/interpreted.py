@@ -46,3 +46,21 @@ def test_through_the_public_loss(reduction):
         results.append([loss.detach(), h.grad, w.grad, *stats.values()])
     for got, expected in zip(*results, strict=True):
         assert torch.allclose(got.double(), expected.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.2], ids=["all skipped", "some skipped"])
+def test_skipping(noise):
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(9, 40, generator=generator), torch.randn(130, 40, generator=generator)
+    teacher = hidden + noise * torch.logspace(-4, 0, 9)[:, None] * torch.randn(9, 40, generator=generator)
+    gradients = []
+    for tolerance in (None, 1e-2):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, stats = opsdl.fused_reverse_kl(
+            h, w, teacher, backend="triton", skip_tolerance=tolerance, return_stats=True
+        )
+        loss.backward()
+        gradients.append((h.grad, w.grad))
+    assert stats["skipped"].sum() >= (9 if noise == 0 else 1)
+    for exact, skipped in zip(*gradients, strict=True):
+        assert (skipped - exact).norm() <= 2e-2 * exact.norm()

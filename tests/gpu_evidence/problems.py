@@ -40,13 +40,20 @@ def make(dtype, tokens_count, size, vocabulary, *, seed, noise=0.3, teacher_size
     elif teacher_size is not None:
         own = (draw(vocabulary, teacher_size) * 2.5 / teacher_size**0.5).to(dtype)
         teacher_head = problem.Head(own, draw(vocabulary) if bias else None, temperature, softcap)
-        second = problem.OwnHead(draw(tokens_count, teacher_size).to(dtype), teacher_head)
-    names = ("gap_hidden_NK", "gap_low_NK", "gap_weight_VK", "gap_bias_V", "difference_N")
+        teacher = draw(tokens_count, teacher_size).to(dtype)
+        second = problem.OwnHead(teacher, teacher_head)
+    rows = torch.arange(tokens_count)
+    near = second.near(rows) if isinstance(second, problem.SharedHead) else None
+    bias_of_teacher = None if second is None or (near is not None and dtype == torch.float32) else second.head.bias
     return {
-        "hidden_NH": hidden,
+        "hidden_MH": hidden,
         "weight_VH": weight,
         "bias_V": student_bias,
-        **dict(zip(names, second.rows(torch.arange(tokens_count)) if second else (None,) * 5, strict=True)),
+        "teacher_MK": None if second is None else teacher,
+        "teacher_weight_VK": None if second is None or near is not None else own,
+        "teacher_bias_V": bias_of_teacher,
+        "near_N": near,
+        "rows_N": rows,
         "tokens_N": torch.randint(vocabulary - padding, (tokens_count,), generator=generator) if tokens else None,
         "temperature": temperature,
         "softcap": softcap,
@@ -61,20 +68,24 @@ def logits_and_gap(inputs: dict[str, Any], dtype: torch.dtype = torch.float64) -
     def logits(raw):
         return (raw if cap is None else torch.where(raw > -torch.inf, cap * torch.tanh(raw / cap), raw)) / temperature
 
-    raw = to(inputs["hidden_NH"]) @ to(inputs["weight_VH"]).T
+    hidden, teacher = to(inputs["hidden_MH"]), to(inputs["teacher_MK"])
+    raw = hidden @ to(inputs["weight_VH"]).T
     slope = torch.ones_like(raw) / temperature
     if inputs["bias_V"] is not None:
         raw = raw + to(inputs["bias_V"])
     z = logits(raw)
     if cap is not None:
         slope = (1 - torch.tanh(raw / cap) ** 2) / temperature
-    if inputs["gap_hidden_NK"] is None:
+    if teacher is None:
         return z, torch.zeros_like(z), slope
-    low = inputs["gap_low_NK"]
-    second = (to(inputs["gap_hidden_NK"]) + (0 if low is None else to(low))) @ to(inputs["gap_weight_VK"]).T
-    bias = 0 if inputs["gap_bias_V"] is None else to(inputs["gap_bias_V"])
-    teacher = logits(torch.where(inputs["difference_N"][:, None], raw - second, second + bias))
-    lost = torch.where(inputs["difference_N"][:, None], torch.inf, -teacher)
+    near = inputs["near_N"]
+    near = torch.zeros(len(raw), 1, dtype=torch.bool) if near is None else near[:, None] > 0
+    own_head = inputs["teacher_weight_VK"]
+    second = torch.where(near, hidden - teacher, teacher) if own_head is None else teacher
+    second = second @ to(inputs["weight_VH"] if own_head is None else own_head).T
+    bias = 0 if inputs["teacher_bias_V"] is None else to(inputs["teacher_bias_V"])
+    teacher = logits(torch.where(near, raw - second, second + bias))
+    lost = torch.where(near, torch.inf, -teacher)
     return z, torch.where(z > -torch.inf, z - teacher, lost), slope
 
 
@@ -83,12 +94,12 @@ def solve(inputs: dict[str, Any], package: str = "opsdl.kernels") -> dict[str, T
     forward, backward, operands = (
         importlib.import_module(f"{package}.{name}") for name in ("forward", "backward", "operands")
     )
-    given = operands.Operands.of(**inputs)
+    given = operands.Operands(**inputs)
     moments_7SN, picked_3N = forward.linear_moments(given)
     stats = moments.statistics(moments.merge(moments_7SN))
-    hidden, weight = inputs["hidden_NH"], inputs["weight_VH"]
+    hidden, weight = inputs["hidden_MH"], inputs["weight_VH"]
     grads = torch.empty_like(hidden), torch.empty(weight.shape), torch.empty(len(weight))
-    factors_6N = stats["top"], stats["log_sum"], stats["mean_gap"], *factors(inputs)
+    factors_6N = [stats["top"], stats["log_sum"], stats["mean_gap"], *factors(inputs)]
     backward.linear_gradient(given, factors_6N, *grads)
     picked = {} if inputs["tokens_N"] is None else {"picked": picked_3N}
     return {**stats, **picked, "hidden": grads[0], "weight": grads[1], "bias": grads[2]}
@@ -108,16 +119,16 @@ def expect(inputs: dict[str, Any]) -> dict[str, Tensor]:
         grad = grad.scatter_add(1, tokens, on_token.expand_as(tokens))
         picked = {"picked": torch.stack([x.gather(1, tokens)[:, 0] for x in (z, gap, slope)])}
     grad = torch.where(z > -torch.inf, grad * slope, 0.0)
-    gradients = {"hidden": grad @ inputs["weight_VH"].double(), "weight": grad.T @ inputs["hidden_NH"].double()}
+    gradients = {"hidden": grad @ inputs["weight_VH"].double(), "weight": grad.T @ inputs["hidden_MH"].double()}
     return {**stats, **picked, **gradients, "bias": grad.sum(0)}
 
 
 def factors(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(99)
-    on_gap, on_prob, on_token = torch.rand(3, len(inputs["hidden_NH"]), generator=generator) + 0.5
+    on_gap, on_prob, on_token = torch.rand(3, len(inputs["hidden_MH"]), generator=generator) + 0.5
     if inputs["tokens_N"] is None:
         on_token = torch.zeros_like(on_token)
-    if inputs["gap_hidden_NK"] is None:
+    if inputs["teacher_MK"] is None:
         on_gap = torch.zeros_like(on_gap)
     return on_gap, on_prob, on_token
 
@@ -137,7 +148,7 @@ ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-1
 
 
 def check(inputs: dict[str, Any], got: dict[str, Tensor]) -> None:
-    rounding = ROUNDING[inputs["hidden_NH"].dtype]
+    rounding = ROUNDING[inputs["hidden_MH"].dtype]
     for name, error in errors(got, expect(inputs)).items():
         limit = {"hidden": 2 * rounding, "weight": 2 * rounding, "bias": 2 * rounding, "kl": 1e-4}.get(name, 1e-5)
         assert error <= limit, f"{name}: relative error {error:.1e}, limit {limit:.1e}"

@@ -9,8 +9,8 @@ from tools import triton_aot
 
 # Registers per thread that each kernel may take; none may spill. Compiler versions move them by a few.
 BUDGET = {
-    (80, "moments_kernel"): 200, (90, "moments_kernel"): 216, (100, "moments_kernel"): 255,
-    (80, "gradient_kernel"): 200, (90, "gradient_kernel"): 160, (100, "gradient_kernel"): 160,
+    (80, "moments_kernel"): 200, (90, "moments_kernel"): 184, (100, "moments_kernel"): 255,
+    (80, "gradient_kernel"): 200, (90, "gradient_kernel"): 184, (100, "gradient_kernel"): 160,
     (80, "product_kernel"): 200, (90, "product_kernel"): 128, (100, "product_kernel"): 136,
 }  # fmt: skip
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

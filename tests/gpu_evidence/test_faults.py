@@ -83,5 +83,5 @@ def test_dropped_synchronisation_is_noticed(what, least):
                 caught.append(True)
 
     with launches.substituted(survey):
-        forward.linear_moments(Operands.of(**inputs))
+        forward.linear_moments(Operands(**inputs))
     assert sum(caught) >= max(1, least * len(caught)), caught
