@@ -7,16 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from opsdl.prefix.rows import KeyValue, Ragged
-from opsdl.prefix.rows_attention import RowsAttention
-
-
-def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    return scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=key.shape[1] != query.shape[1]
-    )
+from opsdl.prefix.rows_attention import CausalAttention, RowsAttention
 
 
 class PrefixLayout:
@@ -27,7 +20,7 @@ class PrefixLayout:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.layers[layer] = (key, value)
-        return causal(query, key, value, scale)
+        return CausalAttention.apply(query, key, value, scale)
 
 
 class PackedLayout:
@@ -39,7 +32,7 @@ class PackedLayout:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         split = [self.prefix_length, query.shape[2] - self.prefix_length]
         (query_P, query_N), (key_P, key_N), (value_P, value_N) = (x.split(split, 2) for x in (query, key, value))
-        out_P = causal(query_P, key_P, value_P, scale)
+        out_P = CausalAttention.apply(query_P, key_P, value_P, scale)
         out_N = RowsAttention.apply(query_N, key_N, value_N, self.rows, [query_N.shape[2]], scale, key_P, value_P)
         return torch.cat([out_P, out_N], dim=2)
 

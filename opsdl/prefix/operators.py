@@ -41,10 +41,20 @@ extension.load()
 
 
 def fallback(name: str) -> Callable[[Callable], Callable]:
-    """Decorator: what the operator runs on a device that has no compiled implementation."""
+    """Decorator: what the operator runs on a device that has no implementation of its own."""
+    return implementation(name, "CompositeExplicitAutograd")
+
+
+def implementation(name: str, key: str) -> Callable[[Callable], Callable]:
+    """Decorator: what the operator runs under this dispatch key."""
 
     def register(function: Callable) -> Callable:
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, function, key)
         return function
 
     return register
+
+
+def autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Give the operator a derivative, as `torch.library.register_autograd` does."""
+    torch.library.register_autograd(f"opsdl::{name}", backward, setup_context=setup_context, lib=_LIBRARY)

@@ -1,4 +1,4 @@
-"""Attention of ragged rows over their shared prefixes and over themselves, with an exact backward."""
+"""Attention of a prefix to itself, and of ragged rows over their prefixes and themselves, with an exact backward."""
 
 from __future__ import annotations
 
@@ -11,57 +11,62 @@ from opsdl.prefix import partial
 from opsdl.prefix.rows import Ragged
 
 
+class CausalAttention(torch.autograd.Function):
+    """Causal attention [B, H, L, D] that sums in float32 at least; torch's on a CPU sums dK and dV in bf16."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, scale: float):
+        out, lse = partial.attend(query, key, value, scale, causal=True)
+        out = out.to(query.dtype)  # what the next layer keeps anyway
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        grads = partial.attend_backward(grad_out, *ctx.saved_tensors, ctx.scale, causal=True)
+        return *(x.to(grad_out.dtype) for x in grads), None
+
+
 class RowsAttention(torch.autograd.Function):
-    """Rows over (whole prefix, own causal part), each prefix read once for all its rows. Float32 at least inside.
+    """Rows over (whole prefix, own causal part), each prefix read once for all its rows.
 
     query [1, Hq, N, D] and key, value [1, Hkv, N, D] hold the packed rows. `counts` [tokens of the rows of each prefix]
-    sums to N; `cached` is key, value [1, Hkv, P, D] of each prefix in turn.
+    sums to N; `cached` is key, value [1, Hkv, P, D] of each prefix in turn. States and sums are in float32 at least.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, rows: Ragged, counts: list[int], scale: float, *cached):
-        wide = torch.float64 if query.dtype == torch.float64 else torch.float32
         parts = [
-            partial.attend(part, prefix_key.to(wide), prefix_value.to(wide), scale, causal=False)
-            for part, prefix_key, prefix_value in _by_prefix(counts, [query.to(wide)], cached)
+            partial.attend(part, prefix_key, prefix_value, scale, causal=False)
+            for part, prefix_key, prefix_value in _by_prefix(counts, [query], cached)
         ]
         out_1, lse_1 = (torch.cat(part, 2) for part in zip(*parts, strict=True))
-        own = [_pad_rows(rows, x.to(wide)) for x in (query, key, value)]
-        out_2, lse_2 = partial.attend(*own, scale, causal=True)
+        out_2, lse_2 = partial.attend(*(_pad_rows(rows, x) for x in (query, key, value)), scale, causal=True)
         out, lse = partial.merge(out_1, lse_1, _pack_rows(rows, out_2), _pack_rows(rows, lse_2[..., None])[..., 0])
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, lse, *cached)
         ctx.rows, ctx.counts, ctx.scale = rows, counts, scale
-        return out.to(query.dtype)
+        return out
 
     @staticmethod
     def backward(ctx, grad_out):
         query, key, value, out, lse, *cached = ctx.saved_tensors
-        rows, scale, wide, dtype = ctx.rows, ctx.scale, out.dtype, query.dtype
-        grad_out = grad_out.to(wide)
-        grad_queries, grad_cached = [], []
-        inputs = [grad_out, query.to(wide), out, lse]
-        for grad_part, query_part, out_part, lse_part, prefix_key, prefix_value in _by_prefix(
-            ctx.counts, inputs, cached
-        ):
-            grads = partial.attend_backward(
-                grad_part,
-                query_part,
-                prefix_key.to(wide),
-                prefix_value.to(wide),
-                out_part,
-                lse_part,
-                scale,
-                causal=False,
-            )
-            grad_queries.append(grads[0])
-            grad_cached.extend(grad.to(dtype) for grad in grads[1:])
-        own = [_pad_rows(rows, x.to(wide)) for x in (grad_out, query, key, value, out)]
+        rows, scale, dtype = ctx.rows, ctx.scale, query.dtype
+        wanted = ctx.needs_input_grad[-len(cached) :: 2]  # False of a detached prefix
+        parts = _by_prefix(ctx.counts, [grad_out, query, out, lse], cached)
+        grads = [
+            partial.attend_backward(grad, query, key, value, out, lse, scale, causal=False, key_value=key_value)
+            for (grad, query, out, lse, key, value), key_value in zip(parts, wanted, strict=True)
+        ]
+        grad_cached = [x.to(dtype) if x.numel() else None for _, *pair in grads for x in pair]
+        own = [_pad_rows(rows, x) for x in (grad_out, query, key, value, out)]
         # Empty slots get lse = inf, so their probabilities are exactly 0.
         own_lse = _pad_rows(rows, lse[..., None], fill=torch.inf)[..., 0]
         grad_own_query, grad_key, grad_value = (
             _pack_rows(rows, x) for x in partial.attend_backward(*own, own_lse, scale, causal=True)
         )
-        grad_query = torch.cat(grad_queries, 2) + grad_own_query
+        grad_query = torch.cat([grad for grad, *_ in grads], 2) + grad_own_query
         return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None, None, *grad_cached
 
 

@@ -1,4 +1,4 @@
-"""What a whole call through the Triton backend allocates, with the launches left out: the memory is not of the kernels."""
+"""What a whole call through the Triton backend allocates; the launches, which allocate nothing, are left out."""
 
 import weakref
 
