@@ -49,7 +49,11 @@ def extension():
         ],
         extra_link_args=["-fopenmp"],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": Build.with_options(no_python_abi_suffix=True)}}
+    blocks = CppExtension(
+        "opsdl._blocks", sources=["csrc/bindings/blocks.cpp"], extra_compile_args=["-std=c++20", "-O2"]
+    )
+    build = Build.with_options(no_python_abi_suffix=True)
+    return {"ext_modules": [module, blocks], "cmdclass": {"build_ext": build}}
 
 
 setup(**PACKAGES, **extension())

@@ -1,16 +1,18 @@
 """Shared prefixes: one prefill serves rollout, student forward and backward, and teacher (design, "Shared prefix").
 
 Read in this order: rows (what a response feeds), layout and decode (who attends to whom), partial and rows_attention
-(the arithmetic), attention (how transformers models come here), cache, generate, hidden.
+(the arithmetic), attention (how transformers models come here), pool and cache, generate, hidden.
 """
 
 from opsdl.prefix.attention import attach, detach
 from opsdl.prefix.cache import PrefixCache, StalePrefixError, extend, prefill
 from opsdl.prefix.generate import generate
 from opsdl.prefix.hidden import response_hidden
+from opsdl.prefix.pool import FreedSequence, KeyValuePool, OutOfBlocks
 from opsdl.prefix.rows import Responses
+from opsdl.prefix.transformers_cache import as_transformers
 
 __all__ = [
-    "PrefixCache", "Responses", "StalePrefixError", "attach", "detach", "extend", "generate", "prefill",
-    "response_hidden",
+    "FreedSequence", "KeyValuePool", "OutOfBlocks", "PrefixCache", "Responses", "StalePrefixError", "as_transformers",
+    "attach", "detach", "extend", "generate", "prefill", "response_hidden",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from opsdl.prefix.attention import last_hidden
 from opsdl.prefix.layout import ExtendLayout, PrefixLayout
+from opsdl.prefix.pool import KeyValuePool
 from opsdl.prefix.rows import KeyValue, Ragged
 
 
@@ -28,11 +29,21 @@ class StalePrefixError(RuntimeError):
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Keys and values [1, Hkv, P - 1, D] of every layer, and the version of the weights that made them."""
+    """Keys and values [1, Hkv, P - 1, D] of every layer, and the version of the weights that made them.
+
+    They are tensors of its own, or lie in the blocks of a pool (`prefill(..., pool=pool)`) until `free`.
+    """
 
     tokens: Tensor  # [P] int64
-    layers: dict[int, KeyValue]
+    own_layers: dict[int, KeyValue] | None  # None in a pool
     weights_version: int
+    pool: KeyValuePool | None = None
+    sequence: int | None = None
+
+    @property
+    def layers(self) -> dict[int, KeyValue]:
+        """By layer. Raises FreedSequence after `free`."""
+        return self.own_layers if self.pool is None else self.pool.layers(self.sequence)
 
     @property
     def length(self) -> int:
@@ -46,6 +57,11 @@ class PrefixCache:
     def has_gradient(self) -> bool:
         """Whether a backward over these keys and values reaches the prefix."""
         return any(key.requires_grad for key, _ in self.layers.values())
+
+    def free(self) -> None:
+        """Give the blocks back to the pool; forks keep what they share. Raises FreedSequence the second time."""
+        if self.pool is not None:
+            self.pool.free([self.sequence])
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises StalePrefixError when `model` is not the model, or its weights not the weights, of this cache."""
@@ -75,18 +91,24 @@ def check_prefix(model: PreTrainedModel, prefix_ids: Tensor, new_tokens: int = 0
         )
 
 
-def prefill(model: PreTrainedModel, prefix_ids: Tensor, *, gradient: bool = False) -> PrefixCache:
+def prefill(
+    model: PreTrainedModel, prefix_ids: Tensor, *, gradient: bool = False, pool: KeyValuePool | None = None
+) -> PrefixCache:
     """Run the prefix [P] through the model once. Design, "Shared prefix".
 
     gradient=True keeps the graph of this one pass: rollouts read the keys and values, then `response_hidden` runs the
     rows over them and its backward goes through the prefix, so no second forward of the prefix is needed. The graph
     lives as long as the cache, and activation checkpointing must be off.
 
-    Raises ValueError for a wrong shape or dtype, a prefix longer than the model's context, or a model with layers that
-    keep no keys and values.
+    pool: keep the keys and values in its blocks. It holds no graph, so not with gradient=True.
+
+    Raises OutOfBlocks when the pool has no room left, ValueError for a wrong shape or dtype, a prefix longer than the
+    model's context, or a model with layers that keep no keys and values.
     """
     check_prefix(model, prefix_ids)
     _check_gradient(model, gradient)
+    if gradient and pool is not None:
+        raise ValueError("pool: given with gradient=True; expected one of the two, a pool holds no graph")
     layout = PrefixLayout()
     with torch.set_grad_enabled(gradient):
         last_hidden(
@@ -97,7 +119,10 @@ def prefill(model: PreTrainedModel, prefix_ids: Tensor, *, gradient: bool = Fals
             f"model: {len(layout.layers)} of {model.config.num_hidden_layers} layers keep keys and values; a shared"
             " prefix needs attention in every layer"
         )
-    return PrefixCache(prefix_ids, layout.layers, weights_version(model))
+    version = weights_version(model)
+    if pool is None:
+        return PrefixCache(prefix_ids, layout.layers, version)
+    return PrefixCache(prefix_ids, None, version, pool, pool.store(layout.layers))
 
 
 def extend(

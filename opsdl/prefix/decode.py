@@ -1,49 +1,65 @@
-"""The layout of decoding: rows that grow by a token a step, over cached prefixes."""
+"""The layout of decoding: rows that grow by a token a step, over cached prefixes that are each read once a step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from opsdl.prefix import partial
-from opsdl.prefix.rows import KeyValue
+from opsdl.prefix import partial, states
+from opsdl.prefix.cache import PrefixCache
+from opsdl.prefix.pool import KeyValuePool
 
 
 class DecodeLayout:
-    """Rows of one or more cached prefixes that all grow by one token a step; each prefix is read once a step.
+    """`count` rows of each cached prefix, their own tokens in the blocks of a pool.
 
-    prefixes: for each prefix its layers' keys and values, and how many consecutive rows are its own.
+    Prefixes that lie in one pool have forks as rows; otherwise the rows get a pool of their own. Used as a context, so
+    that the rows' blocks are free again however decoding ends.
     """
 
-    def __init__(self, prefixes: list[tuple[dict[int, KeyValue], int]], max_steps: int):
-        self.prefixes = prefixes
-        self.max_steps = max_steps
-        self.own: dict[int, KeyValue] = {}  # [R, Hkv, max_steps, D] each
-        self.held: dict[int, int] = {}  # tokens that each row holds in that layer
+    def __init__(self, prefixes: list[PrefixCache], count: int, max_new_tokens: int):
+        self.prefixes = [(prefix.layers, count) for prefix in prefixes]
+        self.pool = prefixes[0].pool
+        if self.pool is None or any(prefix.pool is not self.pool for prefix in prefixes):
+            self.pool = KeyValuePool.of(self.prefixes[0][0], len(prefixes) * count, max_new_tokens)
+            self.rows = [self.pool.create() for _ in range(len(prefixes) * count)]
+        else:
+            self.rows = [self.pool.fork(prefix.sequence) for prefix in prefixes for _ in range(count)]
+        self.slots_RT: Tensor | None = None  # where the rows' own tokens are, those of this step included
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        out_own, lse_own = partial.attend(query, *self._append(layer, key, value), scale, causal=False)
-        outs, lses = [], []
-        for group, (layers, _) in zip(query.split([count for _, count in self.prefixes]), self.prefixes, strict=True):
-            # The group's rows become the queries of one batch over its one prefix.
-            out, lse = partial.attend(group.transpose(0, 2), *layers[layer], scale, causal=False)
-            outs.append(out.transpose(0, 2))
-            lses.append(lse[..., None].transpose(0, 2)[..., 0])
-        out, _ = partial.merge(torch.cat(outs), torch.cat(lses), out_own, lse_own)
-        return out.to(query.dtype)
+    def __enter__(self) -> DecodeLayout:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.free(self.rows)
+
+    def grow(self) -> None:
+        """Begin a step: room for a token in every row."""
+        slots_R1 = self.pool.extend(self.rows, 1)[:, None]
+        self.slots_RT = slots_R1 if self.slots_RT is None else torch.cat([self.slots_RT, slots_R1], 1)
 
     def keep(self, rows_R: Tensor) -> None:
-        """Drop the rows that are False in `rows_R` [R]."""
+        """Free the rows that are False in `rows_R` [R]."""
+        kept = rows_R.tolist()
+        self.pool.free([row for row, stays in zip(self.rows, kept, strict=True) if not stays])
+        self.rows = [row for row, stays in zip(self.rows, kept, strict=True) if stays]
         counts = [int(part.sum()) for part in rows_R.split([count for _, count in self.prefixes])]
         self.prefixes = [(layers, count) for (layers, _), count in zip(self.prefixes, counts, strict=True) if count]
-        self.own = {layer: (key[rows_R], value[rows_R]) for layer, (key, value) in self.own.items()}
+        self.slots_RT = self.slots_RT[rows_R]
 
-    def _append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
-        held = self.held.get(layer, 0)
-        if not held:
-            shape = (key.shape[0], key.shape[1], self.max_steps, key.shape[3])
-            self.own[layer] = (key.new_empty(shape), value.new_empty(shape))
-        own_key, own_value = self.own[layer]
-        own_key[:, :, held], own_value[:, :, held] = key[:, :, 0], value[:, :, 0]
-        self.held[layer] = held + 1
-        return own_key[:, :, : held + 1], own_value[:, :, : held + 1]
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [R, Hq, 1, D], key and value [R, Hkv, 1, D] of this step's tokens."""
+        self.pool.write(layer, self.slots_RT[:, -1], key[:, :, 0], value[:, :, 0])
+        out_own, lse_own = partial.attend(query, *self.pool.at(layer, self.slots_RT), scale, causal=False)
+        groups = query[:, :, 0].split([count for _, count in self.prefixes])
+        parts = [
+            states.prefix_decode(group, *(x[0].transpose(0, 1) for x in layers[layer]), scale, length=_length(layers))
+            for group, (layers, _) in zip(groups, self.prefixes, strict=True)
+        ]
+        out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
+        out, _ = partial.merge(out[:, :, None], lse[..., None], out_own, lse_own)
+        return out.to(query.dtype)
+
+
+def _length(layers: dict) -> int:
+    return next(iter(layers.values()))[0].shape[2]

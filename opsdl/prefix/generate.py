@@ -29,13 +29,16 @@ def generate(
 ) -> Responses | list[Responses]:
     """Decode `num_responses` responses of each prefix, all rows in one batch.
 
+    Each prefix is held once, and read once a step. The rows' own keys and values lie in blocks of the prefixes' pool,
+    or of one for this call; the blocks of a row that ends are free at once.
+
     temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability. A row ends with the
     first of `eos_token_id`, which belongs to the response, or after `max_new_tokens`.
 
     Returns Responses [G, T] for one prefix, a list of them for a sequence of prefixes; T is the length of the longest
     response of the call, and tokens after an end are the first of `eos_token_id`.
-    Raises ValueError for arguments out of range, StalePrefixError when the weights have changed, UserError when the
-    model's logits are not finite.
+    Raises ValueError for arguments out of range, StalePrefixError when the weights have changed, OutOfBlocks when the
+    prefixes' pool has no room left, UserError when the model's logits are not finite.
     """
     prefixes = [prefix] if isinstance(prefix, PrefixCache) else list(prefix)
     ends = sorted({eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id))
@@ -44,7 +47,6 @@ def generate(
         cache.check(model)
         check_prefix(model, cache.tokens, max_new_tokens)
 
-    layout = DecodeLayout([(cache.layers, num_responses) for cache in prefixes], max_new_tokens)
     device = prefixes[0].tokens.device
     ends_E = torch.tensor(ends, device=device)
     last_R = torch.stack([cache.tokens[-1] for cache in prefixes]).repeat_interleave(num_responses)
@@ -54,21 +56,23 @@ def generate(
     mask_RT = torch.zeros(shape, dtype=torch.bool, device=device)
     log_probs_RT = torch.zeros(shape, device=device)
     alive = torch.arange(shape[0], device=device)  # rows still growing; only they are computed
-    for step in range(max_new_tokens):
-        hidden_A1H = last_hidden(model, last_R[:, None], positions_R[alive, None] + step, layout)
-        logits_AV = _logits(model, hidden_A1H[:, 0])
-        if not logits_AV.amax(-1).isfinite().all():
-            raise UserError(f"generate: the logits of response token {step} are not finite; expected sound weights")
-        last_R = _sample(logits_AV, temperature, top_p, generator)
-        tokens_RT[alive, step] = last_R
-        mask_RT[alive, step] = True
-        log_probs_RT[alive, step] = logits_AV.log_softmax(-1).gather(1, last_R[:, None])[:, 0]
-        goes_on = ~torch.isin(last_R, ends_E)
-        if not goes_on.all():
-            layout.keep(goes_on)
-            alive, last_R = alive[goes_on], last_R[goes_on]
-        if not len(alive):
-            break
+    with DecodeLayout(prefixes, num_responses, max_new_tokens) as layout:
+        for step in range(max_new_tokens):
+            layout.grow()
+            hidden_A1H = last_hidden(model, last_R[:, None], positions_R[alive, None] + step, layout)
+            logits_AV = _logits(model, hidden_A1H[:, 0])
+            if not logits_AV.amax(-1).isfinite().all():
+                raise UserError(f"generate: the logits of response token {step} are not finite; expected sound weights")
+            last_R = _sample(logits_AV, temperature, top_p, generator)
+            tokens_RT[alive, step] = last_R
+            mask_RT[alive, step] = True
+            log_probs_RT[alive, step] = logits_AV.log_softmax(-1).gather(1, last_R[:, None])[:, 0]
+            goes_on = ~torch.isin(last_R, ends_E)
+            if not goes_on.all():
+                layout.keep(goes_on)
+                alive, last_R = alive[goes_on], last_R[goes_on]
+            if not len(alive):
+                break
     length = int(mask_RT.any(0).sum())
     parts = zip(*(x[:, :length].split(num_responses) for x in (tokens_RT, mask_RT, log_probs_RT)), strict=True)
     groups = [Responses(*part) for part in parts]
