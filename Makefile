@@ -78,5 +78,5 @@ lint: setup ## check style
 	$(BIN)/ruff check .
 
 clean: ## remove .venv, caches and build outputs; the model and runs/ stay
-	rm -rf $(VENV) $(BENCH_VENV) $(DOWNLOAD) build dist *.egg-info opsdl/_cpu*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(BENCH_VENV) $(DOWNLOAD) build dist *.egg-info opsdl/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find opsdl kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
         fused_reverse_kl,
         reference,
     )
-    from opsdl.prefix import PrefixCache, Responses, generate, prefill, response_hidden
+    from opsdl.prefix import (
+        KeyValuePool,
+        PrefixCache,
+        Responses,
+        as_transformers,
+        generate,
+        prefill,
+        response_hidden,
+    )
 
 __version__ = "0.1.0"
 
@@ -26,8 +34,10 @@ __all__ = [
     "FusedLogProb",
     "FusedPolicyReverseKL",
     "FusedReverseKL",
+    "KeyValuePool",
     "PrefixCache",
     "Responses",
+    "as_transformers",
     "fused_log_prob",
     "fused_policy_reverse_kl",
     "fused_reverse_kl",

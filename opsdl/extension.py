@@ -1,4 +1,4 @@
-"""The compiled part of the library, if it was built: operators in torch.ops.opsdl once `load` says "available"."""
+"""The compiled parts of the library, if they were built: operators in torch.ops.opsdl once loaded."""
 
 from __future__ import annotations
 
@@ -10,14 +10,28 @@ import torch
 
 @cache
 def load() -> str:
-    """Load the extension: "available", or why it cannot be used here."""
-    library = Path(__file__).parent / "_cpu.so"
-    if not library.exists():
-        return "not built (it needs a C++ compiler and pip install --no-build-isolation)"
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return f"built for AVX-512, and this CPU has {torch.backends.cpu.get_cpu_capability()}"
+    """Load the operators for CPUs: "available", or why they cannot be used here."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if _library("_cpu").exists() and capability != "AVX512":
+        return f"built for AVX-512, and this CPU has {capability}"
+    return _load("_cpu", "a C++ compiler")
+
+
+@cache
+def load_cuda() -> str:
+    """Load the operators for GPUs, which a CPU build of torch can too: "available", or why they cannot be used."""
+    return _load("_cuda", "nvcc")
+
+
+def _library(name: str) -> Path:
+    return Path(__file__).with_name(f"{name}.so")
+
+
+def _load(name: str, needs: str) -> str:
+    if not _library(name).exists():
+        return f"not built (it needs {needs} and pip install --no-build-isolation)"
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(_library(name))
     except OSError as error:
         return f"built for another torch ({str(error).splitlines()[0]})"
     return "available"

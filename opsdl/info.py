@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import opsdl
+from opsdl import extension
 from opsdl.losses import available_backends
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn")
@@ -21,7 +22,8 @@ def info() -> dict[str, str]:
     capability = torch.backends.cpu.get_cpu_capability()
     facts["cpu"] = f"{capability}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     facts["cuda"] = _cuda()
-    return facts | {f"loss backend {name}": state for name, state in available_backends().items()}
+    facts |= {f"loss backend {name}": state for name, state in available_backends().items()}
+    return facts | {"operators for CPUs": extension.load(), "operators for CUDA": extension.load_cuda()}
 
 
 def _version(package: str) -> str:

@@ -4,6 +4,7 @@ Read in this order: rows (what a response feeds), layout and decode (who attends
 (the arithmetic), attention (how transformers models come here), pool and cache, generate, hidden.
 """
 
+from opsdl.prefix import flash  # noqa: F401  registers what runs on CUDA
 from opsdl.prefix.attention import attach, detach
 from opsdl.prefix.cache import PrefixCache, StalePrefixError, extend, prefill
 from opsdl.prefix.generate import generate

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from opsdl.prefix.attention import last_hidden
 from opsdl.prefix.cache import PrefixCache, check_prefix, prefill
-from opsdl.prefix.layout import PackedLayout, RowsLayout
+from opsdl.prefix.layout import RowsLayout
 from opsdl.prefix.rows import Ragged, Responses
+from opsdl.prefix.tree import Segment, tree_hidden
 
 
 def response_hidden(
@@ -47,7 +48,7 @@ def response_hidden(
         check_prefix(model, ids, max(group.lengths))
     exact_gradient = prefix_gradient == "exact" and torch.is_grad_enabled()
     if caches is None and (exact_gradient or single and prefix_gradient == "exact"):
-        hiddens = [_packed(model, ids, group) for ids, group in zip(prompts, groups, strict=True)]
+        hiddens = _packed(model, prompts, groups)
     else:
         caches = caches or [prefill(model, ids) for ids in prompts]
         for ids, cache in zip(prompts, caches, strict=True):
@@ -56,14 +57,18 @@ def response_hidden(
     return hiddens[0] if single else hiddens
 
 
-def _packed(model: PreTrainedModel, prefix_P: Tensor, responses: Responses) -> Tensor:
-    """One stream [prefix ; row 1 ; ... ; row G]."""
-    rows = Ragged(responses.mask)
-    start = len(prefix_P) - 1
-    tokens = torch.cat([prefix_P[:-1], rows.pack(responses.row_tokens(prefix_P[-1]))])
-    positions = torch.cat([torch.arange(start, device=prefix_P.device), rows.pack(_steps(responses)) + start])
-    hidden_1LH = last_hidden(model, tokens[None], positions[None], PackedLayout(start, rows))
-    return rows.pad(hidden_1LH[0, start:])
+def _packed(model: PreTrainedModel, prompts: Sequence[Tensor], groups: Sequence[Responses]) -> list[Tensor]:
+    """One stream of trees: of each prompt the prefix, without its last token, and the rows."""
+    trees = [
+        Segment(ids[:-1], [Segment(row[:n]) for row, n in zip(group.row_tokens(ids[-1]), group.lengths, strict=True)])
+        for ids, group in zip(prompts, groups, strict=True)
+    ]
+    hidden, out = iter(tree_hidden(model, trees)), []
+    for group in groups:
+        next(hidden)  # of the prefix
+        rows_NH = torch.cat([next(hidden) for _ in group.lengths])
+        out.append(Ragged(group.mask).pad(rows_NH))
+    return out
 
 
 def _over_caches(

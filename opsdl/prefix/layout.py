@@ -1,4 +1,4 @@
-"""The layouts of a stream: a prefix alone, a prefix with its rows, rows over cached prefixes.
+"""The layouts of a stream: a prefix alone, and rows over cached prefixes; a prefix with its rows is in tree.py.
 
 Each layout answers `attend(layer, query, key, value, scale)` for the tokens of its stream.
 """
@@ -21,20 +21,6 @@ class PrefixLayout:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.layers[layer] = (key, value)
         return CausalAttention.apply(query, key, value, scale)
-
-
-class PackedLayout:
-    """One stream [prefix ; row 1 ; ... ; row G]."""
-
-    def __init__(self, prefix_length: int, rows: Ragged):
-        self.prefix_length, self.rows = prefix_length, rows
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        split = [self.prefix_length, query.shape[2] - self.prefix_length]
-        (query_P, query_N), (key_P, key_N), (value_P, value_N) = (x.split(split, 2) for x in (query, key, value))
-        out_P = CausalAttention.apply(query_P, key_P, value_P, scale)
-        out_N = RowsAttention.apply(query_N, key_N, value_N, self.rows, [query_N.shape[2]], scale, key_P, value_P)
-        return torch.cat([out_P, out_N], dim=2)
 
 
 class RowsLayout:

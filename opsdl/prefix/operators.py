@@ -38,6 +38,8 @@ for _schema in (
 ):
     _LIBRARY.define(_schema)
 extension.load()
+if torch.version.cuda:
+    extension.load_cuda()
 
 
 def fallback(name: str) -> Callable[[Callable], Callable]:
