@@ -1,7 +1,7 @@
 """Shared prefixes: one prefill serves rollout, student forward and backward, and teacher (design, "Shared prefix").
 
 Read in this order: rows (what a response feeds), layout and decode (who attends to whom), partial and rows_attention
-(the arithmetic), attention (how transformers models come here), pool and cache, generate, hidden.
+(the arithmetic), attention (how transformers models come here), tree, pool and cache, generate, hidden.
 """
 
 from opsdl.prefix import flash  # noqa: F401  registers what runs on CUDA
@@ -12,8 +12,9 @@ from opsdl.prefix.hidden import response_hidden
 from opsdl.prefix.pool import FreedSequence, KeyValuePool, OutOfBlocks
 from opsdl.prefix.rows import Responses
 from opsdl.prefix.transformers_cache import as_transformers
+from opsdl.prefix.tree import Segment, tree_hidden
 
 __all__ = [
-    "FreedSequence", "KeyValuePool", "OutOfBlocks", "PrefixCache", "Responses", "StalePrefixError", "as_transformers",
-    "attach", "detach", "extend", "generate", "prefill", "response_hidden",
+    "FreedSequence", "KeyValuePool", "OutOfBlocks", "PrefixCache", "Responses", "Segment", "StalePrefixError",
+    "as_transformers", "attach", "detach", "extend", "generate", "prefill", "response_hidden", "tree_hidden",
 ]  # fmt: skip

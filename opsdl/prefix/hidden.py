@@ -26,13 +26,15 @@ def response_hidden(
     """Hidden states [G, T, H] after the final norm; [g, t] predicts response token t, the first one included.
 
     prefix_ids: [P] int64, at least 2 tokens. Slots outside `responses.mask` are 0. Sequences of prefixes, responses
-    and caches give a list; over caches the rows of all of them run in one pass.
+    and caches give a list, whose groups all run in one pass.
 
     prefix_gradient="exact": equal to G separate rows to rounding, in value and in every gradient. Without `prefix` it
-    is one stream [prefix ; row 1 ; ... ; row G]; with a `prefix` from prefill(..., gradient=True) only the rows run,
-    and the backward goes on through the graph of that prefill.
+    is one stream of prefixes and rows (opsdl/prefix/tree.py); with a `prefix` from prefill(..., gradient=True) only the
+    rows run, and the backward goes on through the graph of that prefill.
     "detached": the prefix's keys and values are constants, taken from `prefix` or from a prefill of their own; only
-    the rows run, forward and backward, and the gradient lacks what the prefix positions contribute.
+    the rows run, forward and backward, nothing of the prefix is kept for the backward and no dK and dV of it computed.
+    The gradient lacks what the prefix positions contribute: cheaper, but the model learns less from the same steps
+    (README, "Exact or detached").
 
     Raises ValueError for wrong shapes, an unknown mode, or "exact" with a cache that was made without gradient where
     gradients are on; StalePrefixError when the cache was made by other weights.
@@ -47,7 +49,7 @@ def response_hidden(
     for ids, group in zip(prompts, groups, strict=True):
         check_prefix(model, ids, max(group.lengths))
     exact_gradient = prefix_gradient == "exact" and torch.is_grad_enabled()
-    if caches is None and (exact_gradient or single and prefix_gradient == "exact"):
+    if caches is None and prefix_gradient == "exact":
         hiddens = _packed(model, prompts, groups)
     else:
         caches = caches or [prefill(model, ids) for ids in prompts]
