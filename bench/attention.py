@@ -1,6 +1,6 @@
 """Attention of G responses to one shared prefix, forward and backward, against what one would do without opsdl.
 
-    python -m bench.attention            # prints a table; a few minutes
+    python -m bench.attention            # writes bench/results/attention.md; a few minutes
 
 Causal attention of the prefix to itself and of each response to prefix and itself, and one step of decoding. Compared:
 full rows, each with its own copy of the prefix; the prefix once and the responses over its repeated keys under a mask,
@@ -12,13 +12,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from opsdl.prefix import partial
+from opsdl.prefix import partial, states
 
+RESULTS = Path(__file__).parent / "results" / "attention.md"
 G, P, T, HQ, HKV, D = 8, 4096, 128, 8, 2, 64
 SCALE, ROUNDS = D**-0.5, 5
 Inputs = list[Tensor]  # query, key, value, gradient for the output, each [B, H, L, D]
@@ -119,8 +121,9 @@ def decoding(prefix: Inputs, dtype: torch.dtype) -> dict[str, Callable]:
     query_G = torch.randn(G, HQ, 1, D).to(dtype)
     _, key, value, _ = prefix
     copies = [x.repeat(G, 1, 1, 1) for x in (key, value)]
+    by_token = [x[0].transpose(0, 1) for x in (key, value)]
     return {
-        "ours": lambda: [partial.attend(query_G.transpose(0, 2), key, value, SCALE, False)[0].transpose(0, 2)],
+        "ours": lambda: [states.prefix_decode(query_G[:, :, 0], *by_token, SCALE, length=P)[0]],
         "SDPA over repeated keys": lambda: [sdpa(query_G, *copies, enable_gqa=True)],
     }
 
@@ -140,8 +143,12 @@ def seconds(ways: dict[str, Callable], repeat: int) -> dict[str, float]:
 def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    print(f"G = {G} responses of T = {T} tokens over P = {P}, Hq = {HQ}, Hkv = {HKV}, D = {D}, 2 threads\n")
-    print("| what | dtype | way | ms | ours is faster by |\n|---|---|---|---|---|")
+    lines = [
+        "# Attention over a shared prefix\n",
+        f"`python -m bench.attention`: G = {G} responses of T = {T} tokens over a prefix of P = {P}, Hq = {HQ},",
+        f"Hkv = {HKV}, D = {D}, 2 threads, medians of {ROUNDS} rounds in which the ways take turns.\n",
+        "| what | dtype | way | ms | ours is faster by |\n|---|---|---|---|---|",
+    ]
     for dtype in (torch.float32, torch.bfloat16):
         prefix, rows = make(1, P, dtype), make(G, T, dtype)
         training = {
@@ -158,7 +165,9 @@ def main() -> None:
             times = seconds(ways, repeat)
             for name, took in times.items():
                 ratio = took / times["ours"]
-                print(f"| {what} | {str(dtype)[6:]} | {name} | {took * 1e3:.2f} | {ratio:.2f} |", flush=True)
+                lines.append(f"| {what} | {str(dtype)[6:]} | {name} | {took * 1e3:.2f} | {ratio:.2f} |")
+    RESULTS.write_text("\n".join(lines) + "\n")
+    print(RESULTS.read_text())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Triton kernels on the GPU at hand: errors against float64, times and memory, into bench/gpu_report.md.
+"""The kernels on the GPU at hand: errors against float64, times and memory, into bench/gpu_report.md.
 
     python bench/gpu_check.py
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import opsdl  # noqa: E402
-from bench import gpu_model, peers  # noqa: E402
+from bench import gpu_model, gpu_prefix, peers  # noqa: E402
 from bench.inputs import Inputs  # noqa: E402
 from opsdl.files import write_whole  # noqa: E402
 
@@ -181,7 +181,7 @@ def timings(N: int, H: int, V: int) -> list[str]:
     teacher_NH, weight_VH = hidden_NH + 0.3 * draw(N, H), draw(V, H).mul_(2.5 / H**0.5)
     x = Inputs(*(t.bfloat16() for t in (hidden_NH, weight_VH, teacher_NH)), tokens_N)
     del hidden_NH, weight_VH, teacher_NH
-    model = gpu_model.whole_seconds(gpu_model.count(N, H, V, True)) * 1e3
+    model = gpu_model.whole_seconds(gpu_model.count(N, H, V)) * 1e3
     columns = "| case | ms | TFLOP/s of four products | extra MiB |"
     rows = [f"## N={N} H={H} V={V}, bf16\n", columns, "|---|---|---|---|"]
     for label, make in cases(x).items():
@@ -227,6 +227,11 @@ def main() -> int:
         print("\n".join(part), flush=True)
         lines += part
         write_whole(REPORT, "\n".join(lines))  # kept when a later shape fails
+    rows, prefix_good = gpu_prefix.accuracy()
+    part = ["## Operators of shared prefixes\n", *rows, "", *gpu_prefix.timings(measured), ""]
+    print("\n".join(part), flush=True)
+    write_whole(REPORT, "\n".join(lines + part))
+    good &= prefix_good
     if not good:
         print("gpu_check: errors too large, see the table")
     return 0 if good else 1

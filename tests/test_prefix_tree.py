@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from opsdl.prefix import Responses, Segment, prefill, response_hidden, tree, tree_hidden
 
-
 ROUNDING = 1e-6  # transformers' norms and rotary embedding are float32 inside
 
 

@@ -94,6 +94,7 @@ def _native_dtype(query: Tensor) -> torch.dtype | None:
 @fallback("attend")
 def attend_in_torch(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
     """`attend` by torch's CPU flash operator, which is given float32 at least; elsewhere by the formulas."""
+    check(query, key, value, causal)  # the flash operator ends the process where a size is 0
     query, key, value = (x.to(_wide(query)) for x in (query, key, value))
     heads, length = query.shape[1:3]
     group = heads // key.shape[1]
@@ -114,6 +115,7 @@ def attend_backward_in_torch(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool,
     key_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check(query, key, value, causal)
     grad_out, query, key, value, out = (x.to(_wide(query)) for x in (grad_out, query, key, value, out))
     nothing = grad_out.new_empty(0)
     if query.device.type == "cpu":

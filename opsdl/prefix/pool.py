@@ -138,14 +138,30 @@ def _form(x_1HLD: Tensor) -> tuple:
 
 @fallback("append_tokens")
 def _append(pool: Tensor, tokens: Tensor, slots: Tensor) -> None:
+    _within("append_tokens", slots, pool.shape[0] * pool.shape[1])
+    if tokens.shape != (len(slots), *pool.shape[2:]) or tokens.dtype != pool.dtype:
+        raise RuntimeError(
+            f"append_tokens: tokens are {tokens.dtype} {tuple(tokens.shape)} for {len(slots)} slots of a pool"
+            f" {pool.dtype} {tuple(pool.shape)}"
+        )
     pool.flatten(0, 1)[slots] = tokens
 
 
 @fallback("gather_tokens")
 def _gather(pool: Tensor, block_table: Tensor, length: int) -> Tensor:
+    _within("gather_tokens", block_table, len(pool))
+    if not 0 <= length <= len(block_table) * pool.shape[1]:
+        raise RuntimeError(f"gather_tokens: length is {length} of {len(block_table)} blocks of {pool.shape[1]}")
     return pool[block_table.long()].flatten(0, 1)[:length]
 
 
 @fallback("copy_blocks")
 def _copy(pool: Tensor, sources: Tensor, targets: Tensor) -> None:
+    _within("copy_blocks", torch.cat([sources, targets]), len(pool))
     pool[targets] = pool[sources]
+
+
+def _within(name: str, indices: Tensor, limit: int) -> None:
+    low, high = (int(indices.min()), int(indices.max())) if len(indices) else (0, 0)
+    if low < 0 or high >= limit:
+        raise RuntimeError(f"{name}: indices from {low} to {high}; expected 0 to {limit - 1}")
