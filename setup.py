@@ -36,7 +36,7 @@ def nvcc():
 def nvcc_command(compiler, torch_folder, output):
     """One library for every architecture and torch >= 2.10, CPU builds included: the stable ABI, libcudart inside."""
     code = []
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";"):
+    for arch in (os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX").replace(";", " ").split():
         number = arch.removesuffix("+PTX").replace(".", "")
         code += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
         if arch.endswith("+PTX"):
@@ -49,17 +49,22 @@ def nvcc_command(compiler, torch_folder, output):
     ]  # fmt: skip
 
 
+def without(why):
+    if os.environ.get("OPSDL_BUILD_CUDA") == "1":
+        raise SystemExit(f"OPSDL_BUILD_CUDA=1: the extensions cannot be built: {why}")
+    print(f"opsdl: installing without the extensions: {why}")
+    return {}
+
+
 def extensions():
     """Arguments that make setuptools compile csrc/ with ninja, or none."""
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        print("opsdl: no torch in the build environment; installing without the extensions")
-        return {}
+        return without("no torch in the build environment")
     if platform.system() != "Linux" or platform.machine() != "x86_64":
-        print("opsdl: the extensions are for x86-64 Linux; installing without them")
-        return {}
+        return without("they are for x86-64 Linux")
     compiler = nvcc()
 
     class Build(BuildExtension):

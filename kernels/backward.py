@@ -102,14 +102,15 @@ def linear_gradient(
     tile = tiles.gradient if operands.softcap is None else tiles.capped
     rows, columns = chunks(N, V, H, dtype.itemsize, tile)
     workspace, sum_hidden = operands.empty(rows, columns, dtype=dtype), operands.empty(rows, H)
-    hidden = operands.empty(rows, H, dtype=dtype)
+    hidden = operands.empty(rows, H, dtype=dtype) if grad_weight_VH is not None else None
     if grad_bias_V is not None:
         grad_bias_V.zero_()
     for n in range(0, N, rows):
         some = slice(n, n + rows)
         of_tokens, factors_6n = operands.tokens(some), [x[some] for x in factors_6N]
         count = len(of_tokens.rows_N)
-        hidden_nH = torch.index_select(operands.hidden_MH, 0, of_tokens.rows_N, out=hidden[:count])
+        if grad_weight_VH is not None:
+            torch.index_select(operands.hidden_MH, 0, of_tokens.rows_N, out=hidden[:count])
         for v in range(0, V, columns):
             these = slice(v, v + columns)
             part = of_tokens.entries(these)
@@ -118,7 +119,7 @@ def linear_gradient(
             if grad_hidden_MH is not None:
                 _product(grad_nv, part.weight_VH, sum_hidden[:count], v > 0, tiles.product)
             if grad_weight_VH is not None:
-                _product(grad_nv.T, hidden_nH, grad_weight_VH[these], n > 0, tiles.product)
+                _product(grad_nv.T, hidden[:count], grad_weight_VH[these], n > 0, tiles.product)
             if grad_bias_V is not None:
                 grad_bias_V[these] += grad_nv.sum(0, dtype=torch.float32)
         if grad_hidden_MH is not None:

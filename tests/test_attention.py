@@ -243,7 +243,7 @@ def test_without_the_operators_the_parts_are_those_of_torch(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize(
-    "sizes", [(1, 4, 4, 1, 64), (8, 8, 2, 300, 64), (3, 6, 1, 513, 40), (40, 8, 2, 70, 128)], ids=str
+    "sizes", [(1, 4, 4, 1, 64), (8, 8, 2, 300, 64), (3, 6, 1, 513, 40), (40, 8, 2, 70, 128), (2, 4, 2, 33, 7)], ids=str
 )
 def test_decoding_over_a_prefix(sizes, paged, dtype):
     rows, heads, key_heads, length, size = sizes
@@ -275,6 +275,23 @@ def test_what_decoding_refuses():
             states.prefix_decode(query, pool, pool, SCALE, length=length, block_table=torch.tensor(table))
     with pytest.raises(RuntimeError, match="multiple of Hkv"):
         states.prefix_decode(query[:, :3], pool[0], pool[0], SCALE, length=4)
+
+
+def test_two_parts_without_keys_stay_one():
+    out, lse = torch.randn(2, 1, 4, 3, 8), torch.randn(2, 1, 4, 3)
+    lse[:, :, :2], lse[0, :, 2] = -torch.inf, -torch.inf
+    merged, merged_lse = partial.merge(out[0], lse[0], out[1], lse[1])
+    assert (merged[:, :2] == 0).all() and (merged_lse[:, :2] == -torch.inf).all()
+    assert torch.equal(merged[:, 2], out[1, :, 2]) and torch.equal(merged_lse[:, 2], lse[1, :, 2])
+    assert merged.isfinite().all()
+
+
+@compiled
+def test_merging_refuses():
+    for out, lse in (((0, 3, 4, 8), (0, 3, 4)), ((2, 3, 4, 0), (2, 3, 4)), ((2, 3, 4, 8), (2, 3)), ((3, 4, 8), (3, 4))):
+        with pytest.raises(RuntimeError, match="merge_states"):
+            states.merge_states(torch.zeros(out), torch.zeros(lse))
+    assert states.merge_states(torch.zeros(2, 0, 4, 8), torch.zeros(2, 0, 4))[0].shape == (0, 4, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -97,7 +97,7 @@ def test_a_fork_costs_the_same_for_any_length_and_shares_every_block(kind):
     assert ledger.free_blocks == 1
     assert all(ledger.blocks(fork) == ledger.blocks(prefix) for fork in forks[::100])
     ledger.append(forks[:1], 1)
-    with pytest.raises(MemoryError, match="out of blocks: 1 of 16 tokens"):
+    with pytest.raises(MemoryError, match="out of blocks: 1 blocks of 16 tokens are needed, 0 of 1001 are free"):
         ledger.append(forks[1:2], 1)
 
 

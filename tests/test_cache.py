@@ -75,6 +75,20 @@ def test_eight_rollouts_hold_one_prefix_and_leave_nothing_behind():
     assert pool.held_bytes == 0
 
 
+def test_a_prefix_in_scattered_blocks_is_read_where_it_lies(monkeypatch):
+    model = make_model()
+    ids, _ = make_group([1], prefix_length=40)
+    pool = KeyValuePool(1 << 20)
+    first, second = (prefill(model, make_group([1], prefix_length=20, seed=n)[0], pool=pool) for n in (1, 2))
+    first.free()
+    prefix = prefill(model, ids, pool=pool)
+    blocks = pool.table(prefix.sequence).tolist()
+    assert blocks != list(range(blocks[0], blocks[0] + len(blocks)))
+    expected = rollout(model, prefill(model, ids))
+    monkeypatch.setattr(pool, "layers", None)  # which would copy them
+    assert same(rollout(model, prefix), expected)
+
+
 def test_rows_that_end_give_their_blocks_to_the_others():
     model = make_model()
     ids, _ = make_group([1], prefix_length=17)
@@ -125,6 +139,8 @@ def test_faults():
     prefix = prefill(model, ids, pool=pool)
     with pytest.raises(ValueError, match="layer 0 holds .*float64.*found .*float32"):
         prefill(make_model(dtype=torch.float32), ids, pool=pool)
+    with pytest.raises(ValueError, match="the sequence is empty"):
+        pool.layers(pool.create())
     with pytest.raises(ValueError, match="gradient=True"):
         prefill(model, ids, gradient=True, pool=pool)
     with pytest.raises(ValueError, match="rows: 0"):

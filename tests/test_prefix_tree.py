@@ -3,7 +3,15 @@
 import pytest
 import torch
 from test_prefix import SHAPE, VOCABULARY, make_group, make_model, relative, separate_rows
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen3NextConfig,
+)
 
 from opsdl.prefix import Responses, Segment, prefill, response_hidden, tree, tree_hidden
 
@@ -56,6 +64,7 @@ def test_a_tree_equals_a_row_for_every_path(lengths, kind, alone, monkeypatch):
     weights = [torch.randn(len(path[-1]), 32, dtype=torch.float64) for path in paths(root)]
     expected, gradients = by_rows(model, root, weights)
     hidden = tree_hidden(model, root)
+    assert all(torch.equal(x, y) for x, y in zip(hidden, tree_hidden(model, root), strict=True))
     assert all(relative(x, y) <= ROUNDING for x, y in zip(hidden, expected, strict=True))
     model.zero_grad()
     sum((x * weight).sum() for x, weight in zip(hidden, weights, strict=True)).backward()
@@ -85,8 +94,15 @@ def test_errors():
 def test_layers_that_are_no_full_attention_are_refused():
     small = {**SHAPE, "max_position_embeddings": 64}
     gemma = Gemma2Config(**small, query_pre_attn_scalar=8, sliding_window=None, layer_types=["full_attention"] * 2)
+    gated = Qwen3NextConfig(
+        **SHAPE, layer_types=["full_attention", "linear_attention"], num_experts=0, mlp_only_layers=[0, 1],
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+    )  # fmt: skip
     for config, message in (
         (gemma, "layer 0 soft-caps its attention scores"),
+        (gated, "layer 1 is linear_attention; only full attention"),
+        (MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2), "layer 0 is linear_attention"),
+        (Gemma3TextConfig(**SHAPE), "sliding window"),
         (MistralConfig(**SHAPE, sliding_window=4), "sliding window"),
         (LlamaConfig(**SHAPE, attention_dropout=0.1), "dropout"),
     ):
@@ -148,3 +164,33 @@ def test_a_detached_prefix_keeps_nothing_of_itself():
         hidden.sum().backward()
         assert all(x.grad is None for pair in cache.layers.values() for x in pair)
     assert held[0] == held[1] > 0
+
+
+@pytest.mark.parametrize("alone", [4, 256])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=str)
+def test_the_attention_of_a_tree_is_exact(dtype, bound, alone, monkeypatch):
+    """Against dense masked attention in float64, every gradient; the same bits again."""
+    monkeypatch.setattr(tree, "ALONE", alone)
+    segments, spans = [], []
+    tree._flatten(make_tree(TREES["document, questions, responses"]), 0, segments, spans, [])
+    layout, length = tree.TreeLayout(spans, torch.device("cpu")), spans[-1][1]
+    token = torch.arange(length)
+    allowed = torch.zeros(length, length, dtype=torch.bool)
+    for start, end, last in spans:
+        allowed[start:end, start:end] = token[start:end, None] >= token[start:end]
+        allowed[end:last, start:end] = True
+    inputs64 = [torch.randn(1, heads, length, 16, dtype=torch.float64).requires_grad_() for heads in (6, 2, 2)]
+    query, key, value = inputs64
+    scores = query @ key.repeat_interleave(3, 1).mT / 4
+    expected = scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value.repeat_interleave(3, 1)
+    grad_out = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, inputs64, grad_out)
+
+    inputs = [x.detach().to(dtype).requires_grad_() for x in inputs64]
+    results = []
+    for _ in range(2):
+        out = tree.TreeAttention.apply(*inputs, layout, 0.25)
+        results.append((out.detach(), *torch.autograd.grad(out, inputs, grad_out.to(dtype))))
+    for x, again, truth in zip(*results, (expected, *expected_gradients), strict=True):
+        assert relative(x, truth) <= bound
+        assert torch.equal(x, again)

@@ -2,7 +2,8 @@
 //
 // A fork is a node that points at its parent and at how many of the parent's tokens it shares, so it costs the same whatever
 // the length. Sequences only grow, so what is shared never changes; a node that goes on from the middle of a block has that
-// one block copied at its first append. Nodes are counted: a freed sequence lives on while a fork shares its tokens.
+// one block copied at its first append. Nodes are counted: a freed sequence, with all of its blocks, lives on while a fork shares
+// its tokens.
 // The same in Python, for where this is not compiled: opsdl/prefix/blocks.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -32,7 +33,7 @@ struct Node {
 
 class BlockLedger {
  public:
-  BlockLedger(int64_t blocks, int64_t block_size) : size_(block_size) {
+  BlockLedger(int64_t blocks, int64_t block_size) : blocks_(blocks), size_(block_size) {
     if (blocks < 1 || block_size < 1) throw std::invalid_argument("BlockLedger: expected blocks and block_size above 0");
     for (int64_t block = blocks - 1; block >= 0; --block) free_.push_back(block);  // the first one is taken first
   }
@@ -57,8 +58,9 @@ class BlockLedger {
       needed += blocks_needed(get(sequences[i]), count);
     }
     if (needed > static_cast<int64_t>(free_.size())) {
-      throw OutOfBlocks("out of blocks: " + std::to_string(needed) + " of " + std::to_string(size_) + " tokens are needed and " +
-                        std::to_string(free_.size()) + " are free; free sequences, or give the pool more bytes");
+      throw OutOfBlocks("out of blocks: " + std::to_string(needed) + " blocks of " + std::to_string(size_) +
+                        " tokens are needed, " + std::to_string(free_.size()) + " of " + std::to_string(blocks_) +
+                        " are free; free sequences, or give the pool more bytes");
     }
     std::vector<int64_t> slots;
     std::vector<std::pair<int64_t, int64_t>> copies;
@@ -135,7 +137,7 @@ class BlockLedger {
     return out;
   }
 
-  int64_t size_, next_ = 0;
+  int64_t blocks_, size_, next_ = 0;
   std::vector<int64_t> free_;
   std::unordered_map<int64_t, Node> nodes_;
 };

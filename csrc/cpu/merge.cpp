@@ -26,13 +26,14 @@ T logsumexp(const T* lse, int64_t S, int64_t stride) {
 }
 
 void check(const Tensor& outs, const Tensor& lses) {
-  TORCH_CHECK(outs.dim() == 4 && outs.size(0) > 0, "merge_states: out is ", outs.sizes(), "; expected [S, N, H, D], S > 0");
+  TORCH_CHECK(outs.dim() == 4 && outs.size(0) > 0 && outs.size(3) > 0, "merge_states: out is ", outs.sizes(),
+              "; expected [S, N, H, D] with S and D above 0");
   TORCH_CHECK(lses.sizes() == outs.sizes().slice(0, 3), "merge_states: lse is ", lses.sizes(), " and out ", outs.sizes());
   TORCH_CHECK(outs.scalar_type() == lses.scalar_type() && (outs.scalar_type() == at::kFloat || outs.scalar_type() == at::kDouble),
               "merge_states: out is ", outs.scalar_type(), " and lse ", lses.scalar_type(), "; expected both float32 or float64");
 }
 
-// body(row, part's row) over rows; a row is D numbers and an lse.
+// body(row) for every row of D numbers and an lse, on all threads.
 template <class Body>
 void over_rows(int64_t rows, int64_t D, const Body& body) {
   at::parallel_for(0, rows, std::max<int64_t>(1, 4096 / D), [&](int64_t first, int64_t last) {

@@ -1,4 +1,5 @@
-// One token of each of R rows over the same keys: every key and value is read from memory once for up to 64 queries.
+// One token of each of R rows over the same keys: every key and value is read from memory once for up to 64 queries (32 in
+// float32).
 //
 // The query heads that share a head of keys are, for all rows, the queries of one block; a block walks over its share (split)
 // of the keys in tiles, the next tile on its way while this one is used. Partial states of the splits are then merged
@@ -13,7 +14,7 @@ struct DecodeArguments {
   const void *query, *key, *value;  // query [R, Hq, D], contiguous
   const int* table;                 // pages, or null
   float *out, *lse;                 // [splits, R, Hq, D], [splits, R, Hq]
-  int R, Hq, Hkv, D, length, page_size, keys_per_split;
+  int R, Hq, Hkv, D, length, page_size, pages, keys_per_split;
   long long token_stride, head_stride, page_stride;
   float scale;
 };
@@ -24,7 +25,9 @@ constexpr int kDecodeThreads = 128;
 __device__ inline long long token_offset(const DecodeArguments& x, int t) {
   const long long head = blockIdx.y * x.head_stride;
   if (!x.table) return head + t * x.token_stride;
-  return head + x.table[t / x.page_size] * x.page_stride + t % x.page_size * x.token_stride;
+  const int page = x.table[t / x.page_size];
+  if (page < 0 || page >= x.pages) __trap();
+  return head + page * x.page_stride + t % x.page_size * x.token_stride;
 }
 
 // Queries are numbered row by row, the heads of the group one after the other.

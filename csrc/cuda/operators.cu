@@ -36,6 +36,10 @@ void check_launch(const char* name) {
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
 }
 
+void check_device(const char* name, const Tensor& x, const Tensor& as) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == as.get_device_index(), name, ": expected all tensors on one GPU");
+}
+
 template <class T>
 T* data(const Tensor& x) {
   return static_cast<T*>(x.data_ptr());
@@ -47,49 +51,46 @@ Tensor empty_float(const Tensor& like, std::initializer_list<int64_t> sizes) {
 
 // ---- merging
 
-void check_states(const Tensor& out, const Tensor& lse) {
-  STD_TORCH_CHECK(out.dim() == 4 && out.size(0) > 0 && out.is_contiguous() && out.scalar_type() == ScalarType::Float,
-                  "merge_states: out: expected contiguous float32 [S, N, H, D], S > 0");
-  STD_TORCH_CHECK(lse.dim() == 3 && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float && lse.size(0) == out.size(0) &&
-                      lse.size(1) == out.size(1) && lse.size(2) == out.size(2),
-                  "merge_states: lse: expected contiguous float32 [S, N, H], as out");
+Tensor checked(const char* name, const Tensor& x, const Tensor& as, std::initializer_list<int64_t> sizes) {
+  check_device(name, x, as);
+  bool fits = x.scalar_type() == ScalarType::Float && x.dim() == static_cast<int64_t>(sizes.size());
+  for (int64_t i = 0; fits && i < x.dim(); ++i) fits = x.size(i) == sizes.begin()[i];
+  STD_TORCH_CHECK(fits, name, ": expected float32 out [S, N, H, D] and lse [S, N, H], S > 0, and gradients as what they are of");
+  return torch::stable::contiguous(x);
 }
 
 unsigned merge_blocks(int64_t rows) { return static_cast<unsigned>((rows + kMergeThreads / 32 - 1) / (kMergeThreads / 32)); }
 
-std::tuple<Tensor, Tensor> merge(const Tensor& outs, const Tensor& lses) {
-  check_states(outs, lses);
+std::tuple<Tensor, Tensor> merge(const Tensor& out_parts, const Tensor& lse_parts) {
+  STD_TORCH_CHECK(out_parts.dim() == 4 && out_parts.size(0) > 0, "merge_states: out: expected [S, N, H, D], S > 0");
+  const int64_t S = out_parts.size(0), N = out_parts.size(1), H = out_parts.size(2), D = out_parts.size(3);
+  const Tensor outs = checked("merge_states", out_parts, out_parts, {S, N, H, D});
+  const Tensor lses = checked("merge_states", lse_parts, out_parts, {S, N, H});
   const torch::stable::accelerator::DeviceGuard guard(outs.get_device_index());
-  const int64_t rows = outs.size(1) * outs.size(2);
-  Tensor out = empty_float(outs, {outs.size(1), outs.size(2), outs.size(3)}), lse = empty_float(outs, {outs.size(1), outs.size(2)});
-  if (rows > 0) {
-    merge_states<<<merge_blocks(rows), kMergeThreads, 0, stream_of(outs)>>>(
-        data<float>(outs), data<float>(lses), data<float>(out), data<float>(lse), static_cast<int>(outs.size(0)), rows,
-        static_cast<int>(outs.size(3)));
+  Tensor out = empty_float(outs, {N, H, D}), lse = empty_float(outs, {N, H});
+  if (N * H > 0) {
+    merge_states<<<merge_blocks(N * H), kMergeThreads, 0, stream_of(outs)>>>(
+        data<float>(outs), data<float>(lses), data<float>(out), data<float>(lse), static_cast<int>(S), N * H, static_cast<int>(D));
     check_launch("merge_states");
   }
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& outs, const Tensor& lses,
-                                          const Tensor& out, const Tensor& lse) {
-  check_states(outs, lses);
-  const int64_t rows = outs.size(1) * outs.size(2);
-  for (const Tensor& x : {grad_out, out}) {
-    STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.numel() == rows * outs.size(3),
-                    "merge_states_backward: grad_out and out: expected contiguous float32 [N, H, D]");
-  }
-  for (const Tensor& x : {grad_lse, lse}) {
-    STD_TORCH_CHECK(x.is_contiguous() && x.scalar_type() == ScalarType::Float && x.numel() == rows,
-                    "merge_states_backward: grad_lse and lse: expected contiguous float32 [N, H]");
-  }
+std::tuple<Tensor, Tensor> merge_backward(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out_parts,
+                                          const Tensor& lse_parts, const Tensor& out, const Tensor& lse) {
+  const char* const name = "merge_states_backward";
+  STD_TORCH_CHECK(out_parts.dim() == 4 && out_parts.size(0) > 0, name, ": out: expected [S, N, H, D], S > 0");
+  const int64_t S = out_parts.size(0), N = out_parts.size(1), H = out_parts.size(2), D = out_parts.size(3);
+  const Tensor outs = checked(name, out_parts, out_parts, {S, N, H, D}), lses = checked(name, lse_parts, out_parts, {S, N, H});
+  const Tensor g = checked(name, grad_out, out_parts, {N, H, D}), gl = checked(name, grad_lse, out_parts, {N, H});
+  const Tensor o = checked(name, out, out_parts, {N, H, D}), l = checked(name, lse, out_parts, {N, H});
   const torch::stable::accelerator::DeviceGuard guard(outs.get_device_index());
   Tensor grad_outs = torch::stable::empty_like(outs), grad_lses = torch::stable::empty_like(lses);
-  if (rows > 0) {
-    merge_states_backward<<<merge_blocks(rows), kMergeThreads, 0, stream_of(outs)>>>(
-        data<float>(grad_out), data<float>(grad_lse), data<float>(outs), data<float>(lses), data<float>(out), data<float>(lse),
-        data<float>(grad_outs), data<float>(grad_lses), static_cast<int>(outs.size(0)), rows, static_cast<int>(outs.size(3)));
-    check_launch("merge_states_backward");
+  if (N * H > 0) {
+    merge_states_backward<<<merge_blocks(N * H), kMergeThreads, 0, stream_of(outs)>>>(
+        data<float>(g), data<float>(gl), data<float>(outs), data<float>(lses), data<float>(o), data<float>(l),
+        data<float>(grad_outs), data<float>(grad_lses), static_cast<int>(S), N * H, static_cast<int>(D));
+    check_launch(name);
   }
   return {grad_outs, grad_lses};
 }
@@ -132,23 +133,28 @@ std::tuple<Tensor, Tensor> prefix_decode(const Tensor& query, const Tensor& key,
   const int tokens = paged ? 1 : 0;  // the dimension of tokens (of a page)
   STD_TORCH_CHECK(key.dim() == tokens + 3 && key.scalar_type() == type && value.scalar_type() == type,
                   "prefix_decode: key and value: expected the dtype of query, and [L, Hkv, D] or pools [blocks, size, Hkv, D]");
+  check_device("prefix_decode", query, query);
+  check_device("prefix_decode", key, query);
+  check_device("prefix_decode", value, query);
+  if (paged) check_device("prefix_decode", *block_table, query);
   const int64_t D = query.size(2), Hkv = key.size(tokens + 1), unit = type == ScalarType::Float ? 4 : 8;
-  STD_TORCH_CHECK(key.size(tokens + 2) == D && query.size(1) % Hkv == 0, "prefix_decode: key: expected D of query and Hq % Hkv == 0");
+  STD_TORCH_CHECK(key.numel() > 0 && key.size(tokens + 2) == D && query.size(1) % Hkv == 0, "prefix_decode: key: expected D of query and Hq % Hkv == 0");
   STD_TORCH_CHECK(D % unit == 0 && D <= 128, "prefix_decode: D is ", D, "; expected a multiple of ", unit, " up to 128");
   for (int i = 0; i < key.dim(); ++i) {
     STD_TORCH_CHECK(value.size(i) == key.size(i) && value.stride(i) == key.stride(i), "prefix_decode: value: expected as key");
     STD_TORCH_CHECK(i == tokens + 2 ? key.stride(i) == 1 : key.stride(i) % unit == 0,
                     "prefix_decode: key: expected numbers in a row, and rows that start at 16 bytes");
   }
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(key.data_ptr()) % 16 == 0 && reinterpret_cast<uintptr_t>(value.data_ptr()) % 16 == 0,
-                  "prefix_decode: key and value: expected to start at 16 bytes");
+  const Tensor q = torch::stable::contiguous(query);
+  const auto starts_at = [](const Tensor& x, int bytes) { return reinterpret_cast<uintptr_t>(x.data_ptr()) % bytes == 0; };
+  STD_TORCH_CHECK(starts_at(key, 16) && starts_at(value, 16) && starts_at(q, 4),
+                  "prefix_decode: expected key and value to start at 16 bytes, query at 4");
   const int64_t held = paged ? block_table->numel() * key.size(1) : key.size(0);
   STD_TORCH_CHECK(length > 0 && length <= held && length < (1 << 30), "prefix_decode: length is ", length, " of ", held, " tokens");
   STD_TORCH_CHECK(!paged || (block_table->scalar_type() == ScalarType::Int && block_table->is_contiguous()),
                   "prefix_decode: block_table: expected contiguous int32");
 
   const torch::stable::accelerator::DeviceGuard guard(query.get_device_index());
-  const Tensor q = torch::stable::contiguous(query);
   const int64_t R = q.size(0), Hq = q.size(1), queries = R * (Hq / Hkv), wide = type == ScalarType::Float ? 32 : 64;
   const int each = keys_of_split(length, Hkv * ((queries + wide - 1) / wide));
   const int splits = static_cast<int>((length + each - 1) / each);
@@ -156,7 +162,8 @@ std::tuple<Tensor, Tensor> prefix_decode(const Tensor& query, const Tensor& key,
   const DecodeArguments arguments = {
       q.data_ptr(), key.data_ptr(), value.data_ptr(), paged ? data<int>(*block_table) : nullptr, data<float>(outs),
       data<float>(lses), static_cast<int>(R), static_cast<int>(Hq), static_cast<int>(Hkv), static_cast<int>(D),
-      static_cast<int>(length), paged ? static_cast<int>(key.size(1)) : 0, each, key.stride(tokens), key.stride(tokens + 1),
+      static_cast<int>(length), paged ? static_cast<int>(key.size(1)) : 0,
+      paged ? static_cast<int>(key.size(0)) : 0, each, key.stride(tokens), key.stride(tokens + 1),
       paged ? key.stride(0) : 0, static_cast<float>(scale)};
   D <= 64 ? launch_decode<64>(type, splits, arguments, stream_of(q)) : launch_decode<128>(type, splits, arguments, stream_of(q));
   return merge(outs, lses);
@@ -177,7 +184,8 @@ Pool check_pool(const char* name, const Tensor& pool) {
   return {pool.size(0) * pool.size(1), bytes / 16, pool.size(1) * bytes / 16, pool.size(0)};
 }
 
-void check_indices(const char* name, const Tensor& x) {
+void check_indices(const char* name, const Tensor& x, const Tensor& pool) {
+  check_device(name, x, pool);
   STD_TORCH_CHECK(x.dim() == 1 && x.is_contiguous() && x.scalar_type() == ScalarType::Long, name,
                   ": indices: expected contiguous int64 [N]");
 }
@@ -186,7 +194,8 @@ unsigned copy_blocks_of(int64_t units) { return static_cast<unsigned>(std::clamp
 
 void append_tokens(Tensor pool, const Tensor& tokens, const Tensor& slots) {
   const Pool p = check_pool("append_tokens", pool);
-  check_indices("append_tokens", slots);
+  check_indices("append_tokens", slots, pool);
+  check_device("append_tokens", tokens, pool);
   STD_TORCH_CHECK(tokens.dim() == 3 && tokens.size(0) == slots.numel() && tokens.size(1) == pool.size(2) &&
                       tokens.size(2) == pool.size(3) && tokens.scalar_type() == pool.scalar_type(),
                   "append_tokens: tokens: expected [N, Hkv, D] of the pool's dtype, one for each slot");
@@ -194,6 +203,7 @@ void append_tokens(Tensor pool, const Tensor& tokens, const Tensor& slots) {
   if (units == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(pool.get_device_index());
   const Tensor from = torch::stable::contiguous(tokens);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(from.data_ptr()) % 16 == 0, "append_tokens: tokens: expected to start at 16 bytes");
   copy_runs<true><<<copy_blocks_of(units), kCopyThreads, 0, stream_of(pool)>>>(
       data<Unit>(pool), data<Unit>(from), data<int64_t>(slots), units, static_cast<int>(p.token_units), p.tokens);
   check_launch("append_tokens");
@@ -201,6 +211,7 @@ void append_tokens(Tensor pool, const Tensor& tokens, const Tensor& slots) {
 
 Tensor gather_tokens(const Tensor& pool, const Tensor& block_table, int64_t length) {
   const Pool p = check_pool("gather_tokens", pool);
+  check_device("gather_tokens", block_table, pool);
   STD_TORCH_CHECK(block_table.dim() == 1 && block_table.is_contiguous() && block_table.scalar_type() == ScalarType::Int,
                   "gather_tokens: block_table: expected contiguous int32 [N]");
   STD_TORCH_CHECK(length >= 0 && length <= block_table.numel() * pool.size(1), "gather_tokens: length is ", length, " of ",
@@ -217,8 +228,8 @@ Tensor gather_tokens(const Tensor& pool, const Tensor& block_table, int64_t leng
 
 void copy_blocks(Tensor pool, const Tensor& sources, const Tensor& targets) {
   const Pool p = check_pool("copy_blocks", pool);
-  check_indices("copy_blocks", sources);
-  check_indices("copy_blocks", targets);
+  check_indices("copy_blocks", sources, pool);
+  check_indices("copy_blocks", targets, pool);
   STD_TORCH_CHECK(sources.numel() == targets.numel(), "copy_blocks: ", sources.numel(), " sources, ", targets.numel(), " targets");
   const int64_t units = sources.numel() * p.block_units;
   if (units == 0) return;

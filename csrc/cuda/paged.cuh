@@ -7,7 +7,7 @@ namespace opsdl {
 
 constexpr int kCopyThreads = 256;
 
-struct Unit {
+struct alignas(16) Unit {
   uint32_t words[4];
 };
 

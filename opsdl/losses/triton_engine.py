@@ -32,14 +32,15 @@ class TritonEngine:
         teacher = (None,) * 4
         if isinstance(problem.second, SharedHead):
             # In float32 every token's second product is a difference, to which no bias belongs.
-            bias_V = None if dtype == torch.float32 else head.bias
+            bias_V = None if dtype == torch.float32 else _contiguous(head.bias)
             teacher = (_rows_contiguous(problem.second.teacher_NH), None, bias_V, problem.second.near(tokens_n))
         elif problem.second is not None:
             own = problem.second.head
-            teacher = (_rows_contiguous(problem.second.teacher_NK), own.weight.to(dtype).contiguous(), own.bias, None)
+            own_weight, own_bias = own.weight.to(dtype).contiguous(), _contiguous(own.bias)
+            teacher = (_rows_contiguous(problem.second.teacher_NK), own_weight, own_bias, None)
         self.operands = Operands(
-            _rows_contiguous(problem.hidden_NH), head.weight.to(dtype).contiguous(), head.bias, *teacher, tokens_n,
-            problem.local_tokens(tokens_n), head.temperature, head.softcap,
+            _rows_contiguous(problem.hidden_NH), head.weight.to(dtype).contiguous(), _contiguous(head.bias), *teacher,
+            tokens_n, problem.local_tokens(tokens_n), head.temperature, head.softcap,
         )  # fmt: skip
         return linear_moments(self.operands)
 
@@ -74,3 +75,7 @@ class TritonEngine:
 
 def _rows_contiguous(hidden_NH: Tensor) -> Tensor:
     return hidden_NH if hidden_NH.stride(1) == 1 else hidden_NH.contiguous()
+
+
+def _contiguous(bias_V: Tensor | None) -> Tensor | None:
+    return None if bias_V is None else bias_V.contiguous()

@@ -62,6 +62,14 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     return out.transpose(1, 2), None
 
 
+def _check_layers(model: PreTrainedModel) -> None:
+    """Raises ValueError for layers that pass something on from token to token otherwise than by full attention."""
+    for layer, kind in enumerate(getattr(model.config, "layer_types", None) or ()):
+        if kind != "full_attention":
+            what = "has a sliding window" if "sliding" in kind else f"is {kind}"
+            raise ValueError(f"shared prefix: layer {layer} {what}; only full attention is supported")
+
+
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -70,6 +78,7 @@ def last_hidden(
     model: PreTrainedModel, tokens_BL: torch.Tensor, positions_BL: torch.Tensor, layout: object
 ) -> torch.Tensor:
     """Last hidden state [B, L, H] (after the final norm, before the head) of a stream with the given layout."""
+    _check_layers(model)
     attach(model)
     # An empty 4D mask is passed through untouched: the layout alone says who sees whom. Without it transformers
     # would cut the stream wherever positions restart.

@@ -45,7 +45,8 @@ class PythonLedger:
     def __init__(self, blocks: int, block_size: int):
         if blocks < 1 or block_size < 1:
             raise ValueError("BlockLedger: expected blocks and block_size above 0")
-        self._size, self._free, self._nodes, self._next = block_size, list(range(blocks))[::-1], {}, 0
+        self._blocks, self._size, self._free = blocks, block_size, list(range(blocks))[::-1]
+        self._nodes, self._next = {}, 0
 
     def create(self) -> int:
         return self._add(_Node(None, 0, 0))
@@ -64,8 +65,8 @@ class PythonLedger:
         needed = sum(self._needed(node, count) for node in nodes)
         if needed > len(self._free):
             raise OutOfBlocks(
-                f"out of blocks: {needed} of {self._size} tokens are needed and {len(self._free)} are free; free"
-                " sequences, or give the pool more bytes"
+                f"out of blocks: {needed} blocks of {self._size} tokens are needed, {len(self._free)} of {self._blocks}"
+                " are free; free sequences, or give the pool more bytes"
             )
         slots, copies = [], []
         for node in nodes:

@@ -18,10 +18,10 @@ class DecodeLayout:
     """
 
     def __init__(self, prefixes: list[PrefixCache], count: int, max_new_tokens: int):
-        self.prefixes = [(prefix.layers, count) for prefix in prefixes]
+        self.prefixes = [(_Prefix(prefix), count) for prefix in prefixes]
         self.pool = prefixes[0].pool
         if self.pool is None or any(prefix.pool is not self.pool for prefix in prefixes):
-            self.pool = KeyValuePool.of(self.prefixes[0][0], len(prefixes) * count, max_new_tokens)
+            self.pool = KeyValuePool.of(prefixes[0].layers, len(prefixes) * count, max_new_tokens)
             self.rows = [self.pool.create() for _ in range(len(prefixes) * count)]
         else:
             self.rows = [self.pool.fork(prefix.sequence) for prefix in prefixes for _ in range(count)]
@@ -44,7 +44,7 @@ class DecodeLayout:
         self.pool.free([row for row, stays in zip(self.rows, kept, strict=True) if not stays])
         self.rows = [row for row, stays in zip(self.rows, kept, strict=True) if stays]
         counts = [int(part.sum()) for part in rows_R.split([count for _, count in self.prefixes])]
-        self.prefixes = [(layers, count) for (layers, _), count in zip(self.prefixes, counts, strict=True) if count]
+        self.prefixes = [(prefix, count) for (prefix, _), count in zip(self.prefixes, counts, strict=True) if count]
         self.slots_RT = self.slots_RT[rows_R]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -53,13 +53,24 @@ class DecodeLayout:
         out_own, lse_own = partial.attend(query, *self.pool.at(layer, self.slots_RT), scale, causal=False)
         groups = query[:, :, 0].split([count for _, count in self.prefixes])
         parts = [
-            states.prefix_decode(group, *(x[0].transpose(0, 1) for x in layers[layer]), scale, length=_length(layers))
-            for group, (layers, _) in zip(groups, self.prefixes, strict=True)
+            prefix.attend(layer, group, scale) for group, (prefix, _) in zip(groups, self.prefixes, strict=True)
         ]
         out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
         out, _ = partial.merge(out[:, :, None], lse[..., None], out_own, lse_own)
         return out.to(query.dtype)
 
 
-def _length(layers: dict) -> int:
-    return next(iter(layers.values()))[0].shape[2]
+class _Prefix:
+    """A prefix as decoding reads it: where it lies, in tensors or in the blocks of a pool."""
+
+    def __init__(self, cache: PrefixCache):
+        self.pool, self.length = cache.pool, cache.length - 1
+        self.table = None if self.pool is None else self.pool.table(cache.sequence)
+        self.layers = cache.layers if self.pool is None else None
+
+    def attend(self, layer: int, query_RHD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if self.pool is None:
+            key, value = (x[0].transpose(0, 1) for x in self.layers[layer])
+        else:
+            key, value = self.pool.pools(layer)
+        return states.prefix_decode(query_RHD, key, value, scale, length=self.length, block_table=self.table)

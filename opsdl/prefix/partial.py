@@ -53,10 +53,14 @@ def attend_backward(
 
 
 def merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two partial states over disjoint keys; arithmetic in the dtype of the lse."""
+    """Merge two partial states over disjoint keys; arithmetic in the dtype of the lse.
+
+    A state without keys has lse -inf and a finite out; merged with another such, out is 0 and lse -inf.
+    """
     lse = torch.logaddexp(lse_1, lse_2)
-    weight_1, weight_2 = (lse_1 - lse).exp()[..., None], (lse_2 - lse).exp()[..., None]
-    return (weight_1 * out_1 + weight_2 * out_2), lse
+    whole = lse.masked_fill(lse == -torch.inf, 0.0)
+    weight_1, weight_2 = (lse_1 - whole).exp()[..., None], (lse_2 - whole).exp()[..., None]
+    return weight_1 * out_1 + weight_2 * out_2, lse
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> None:

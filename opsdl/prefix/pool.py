@@ -79,11 +79,11 @@ class KeyValuePool:
         sequence = self._ledger.create()
         try:
             slots = self.extend([sequence], next(iter(layers.values()))[0].shape[2])
-        except OutOfBlocks:
+            for layer, (key, value) in layers.items():
+                self.write(layer, slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        except BaseException:
             self._ledger.free(sequence)
             raise
-        for layer, (key, value) in layers.items():
-            self.write(layer, slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         return sequence
 
     def create(self) -> int:
@@ -95,20 +95,25 @@ class KeyValuePool:
         return self._ledger.fork(sequence)
 
     def free(self, sequences: Sequence[int]) -> None:
+        """Give the blocks back, but for those that forks share. Frees none if one of them was freed before."""
+        for sequence in sequences:
+            self._ledger.length(sequence)
         for sequence in sequences:
             self._ledger.free(sequence)
 
     def extend(self, sequences: Sequence[int], count: int) -> Tensor:
-        """Room for `count` more tokens in each sequence: their slots, int64 [len(sequences) * count]."""
+        """Room for `count` more tokens in each sequence. Returns their slots, int64 [len(sequences) * count]."""
         slots, copies = self._ledger.append(list(sequences), count)
         device = self._layers[next(iter(self._layers))][0].device
         if copies:
-            sources, targets = torch.tensor(copies, device=device).T
+            sources, targets = torch.tensor(copies, device=device).T.contiguous()
             for pool in (x for pair in self._layers.values() for x in pair):
                 torch.ops.opsdl.copy_blocks(pool, sources, targets)
         return torch.tensor(slots, dtype=torch.int64, device=device)
 
     def write(self, layer: int, slots_N: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
+        """Put tokens into slots that `extend` gave."""
+        slots_N = slots_N.contiguous()
         for pool, tokens in zip(self._layers[layer], (key_NHD, value_NHD), strict=True):
             torch.ops.opsdl.append_tokens(pool, tokens.detach(), slots_N)
 
@@ -116,18 +121,29 @@ class KeyValuePool:
         """Keys and values [R, Hkv, T, D] of these slots."""
         return tuple(pool.flatten(0, 1)[slots_RT].transpose(1, 2) for pool in self._layers[layer])
 
+    def pools(self, layer: int) -> KeyValue:
+        """All blocks of keys and of values [blocks, block_size, Hkv, D]."""
+        return self._layers[layer]
+
+    def table(self, sequence: int) -> Tensor:
+        """int32: the blocks that hold a sequence, in their order."""
+        blocks = torch.tensor(self._ledger.blocks(sequence), dtype=torch.int32)
+        return blocks.to(next(iter(self._layers.values()))[0].device)
+
     def layers(self, sequence: int) -> dict[int, KeyValue]:
-        """Keys and values [1, Hkv, L, D] of a sequence: where they lie if its blocks are consecutive, or gathered."""
+        """Keys and values [1, Hkv, L, D] of a sequence: where they lie if its blocks are consecutive, else copied."""
         blocks, length = self._ledger.blocks(sequence), self._ledger.length(sequence)
+        if not blocks:
+            raise ValueError("pool: the sequence is empty; expected a token at least")
         if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
 
             def read(pool):
                 return pool[blocks[0] : blocks[-1] + 1].flatten(0, 1)[:length]
         else:
-            table = torch.tensor(blocks, dtype=torch.int32)
+            table = self.table(sequence)
 
             def read(pool):
-                return torch.ops.opsdl.gather_tokens(pool, table.to(pool.device), length)
+                return torch.ops.opsdl.gather_tokens(pool, table, length)
 
         return {layer: tuple(read(x).transpose(0, 1)[None] for x in pair) for layer, pair in self._layers.items()}
 

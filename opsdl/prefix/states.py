@@ -27,7 +27,9 @@ def prefix_decode(
     int32 lists the blocks in their order. Returns out [R, Hq, D] and natural-log lse [R, Hq], float32 at least.
     Raises RuntimeError or ValueError on other shapes and dtypes, and on blocks outside the pool.
     """
-    if query_RHD.dtype == torch.float64:
+    multiple, most = (8, 128) if query_RHD.is_cuda else (2, 256)  # of the compiled operators
+    size = query_RHD.shape[-1]
+    if query_RHD.dtype == torch.float64 or size % multiple or size > most:
         return _decode(query_RHD, key, value, block_table, length, scale)
     return torch.ops.opsdl.prefix_decode(query_RHD, key, value, block_table, length, scale)
 

@@ -19,13 +19,15 @@ from opsdl.prefix.cache import PrefixCache
 def as_transformers(model: PreTrainedModel, prefix: PrefixCache, rows: int) -> Cache:
     """A transformers cache of `rows` rows that all continue the prefix; what they add does not touch the prefix.
 
-    It holds all but the last token of the prefix: the model is to be called with that one, which `generate` does.
+    It holds all but the last token of the prefix: the model is to be called with that one, which `generate` does. Of a
+    prefix in blocks of a pool that are not consecutive it holds a copy.
     Raises StalePrefixError for other weights than the prefix was made by, FreedSequence for a freed prefix.
     """
     prefix.check(model)
     if rows < 1:
         raise ValueError(f"rows: {rows}; expected 1 or more")
-    return Cache(layers=[_SharedLayer(*prefix.layers[layer], rows) for layer in sorted(prefix.layers)])
+    layers = prefix.layers
+    return Cache(layers=[_SharedLayer(*layers[layer], rows) for layer in sorted(layers)])
 
 
 class _SharedLayer(DynamicLayer):

@@ -58,7 +58,8 @@ class Decode:
 
     @property
     def sizes(self) -> list[int]:
-        return [self.R, self.Hq, self.Hkv, self.D, self.length, self.page_size, self.keys_per_split]
+        pages = len(self.key) if self.page_size else 0
+        return [self.R, self.Hq, self.Hkv, self.D, self.length, self.page_size, pages, self.keys_per_split]
 
     @property
     def strides(self) -> list[int]:

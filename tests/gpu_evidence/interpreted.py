@@ -34,14 +34,16 @@ def test_chunks_that_do_not_fit_the_workspace(monkeypatch):
 def test_through_the_public_loss(reduction):
     generator = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(9, 40, generator=generator), torch.randn(130, 40, generator=generator)
+    bias = torch.randn(130, 2, generator=generator)[:, 0]  # not contiguous
     teacher = hidden + 0.2 * torch.randn(9, 40, generator=generator)
     mask = torch.arange(9) % 3 > 0
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
         h, w = (x.to(dtype, copy=True).requires_grad_() for x in (hidden, weight))
         loss, stats = opsdl.fused_reverse_kl(
-            h, w, teacher.to(dtype), mask=mask, reduction=reduction, vocab_size=120, backend=backend, return_stats=True
-        )
+            h, w, teacher.to(dtype), student_bias=bias.to(dtype), mask=mask, reduction=reduction, vocab_size=120,
+            backend=backend, return_stats=True,
+        )  # fmt: skip
         loss.sum().backward()
         results.append([loss.detach(), h.grad, w.grad, *stats.values()])
     for got, expected in zip(*results, strict=True):

@@ -25,12 +25,15 @@ def ptx(arch):
         f"""
 #include "{SOURCES}/decode.cuh"
 #include "{SOURCES}/merge.cuh"
+#include "{SOURCES}/paged.cuh"
 namespace opsdl {{
 template __global__ void decode_half<Bf16, 64>(DecodeArguments);
 template __global__ void decode_half<Bf16, 128>(DecodeArguments);
 template __global__ void decode_half<Fp16, 64>(DecodeArguments);
 template __global__ void decode_float<64>(DecodeArguments);
 template __global__ void decode_float<128>(DecodeArguments);
+template __global__ void copy_runs<true>(Unit*, const Unit*, const long long*, long long, int, long long);
+template __global__ void copy_runs<false>(Unit*, const Unit*, const int*, long long, int, long long);
 }}
 """,
         arch,
@@ -47,7 +50,7 @@ def decode(text, problem, count_traffic=False):
     tensors = [problem.query, problem.key, problem.value, problem.table, out, lse]
     pointers = [machine.register(host_bytes(x), name) if x.numel() else 0 for x, name in zip(
         tensors, ("query", "key", "value", "table", "out", "lse"), strict=True)]  # fmt: skip
-    arguments = struct.pack("<6Q7i4x3qf4x", *pointers, *problem.sizes, *problem.strides, SCALE)
+    arguments = struct.pack("<6Q8i3qf4x", *pointers, *problem.sizes, *problem.strides, SCALE)
     queries = problem.R * (problem.Hq // problem.Hkv)
     grid = (problem.splits, problem.Hkv, -(-queries // (64 if half else 32)))
     shared = (SHARED if half else SHARED_FLOAT)[problem.width]
@@ -76,6 +79,22 @@ def test_merge(arch):
     backward = [grad_out, grad_lse, outs, lses, out, lse, grad_outs, grad_lses, *sizes]
     ptxsim.run_ptx(ptx(arch), grid, 128, backward, "21merge_states_backward")
     check_merged(given, out, lse, (grad_outs, grad_lses))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_pages(arch):
+    """5 blocks of 4 tokens of 3 units of 16 bytes, moved 16 bytes at a time."""
+    pool, tokens = torch.randn(20, 12), torch.randn(6, 12)
+    slots, blocks = torch.tensor([19, 0, 7, 8, 3, 12]), torch.tensor([4, 0, 2], dtype=torch.int32)
+    expected, gathered = pool.clone(), torch.zeros(3, 48)
+    expected[slots] = tokens
+    report = ptxsim.run_ptx(
+        ptx(arch), (1,), 256, [pool, tokens, slots, 18, 3, 20], "copy_runsILb1E", count_traffic=True
+    )
+    assert torch.equal(pool, expected)
+    assert report.traffic["global.st"].bytes == 16 * 18 and report.traffic["global.st"].requests == 1
+    ptxsim.run_ptx(ptx(arch), (1,), 256, [gathered, pool, blocks, 36, 12, 5], "copy_runsILb0E")
+    assert torch.equal(gathered, expected.view(5, 48)[blocks.long()])
 
 
 @pytest.mark.parametrize("problem", [

@@ -1,5 +1,5 @@
 // The kernels of csrc/cuda on the host, for sanitizers: reads raw tensors from a folder and writes what the kernels give.
-//   host FOLDER decode TYPE WIDTH SEED R Hq Hkv D length page_size keys_per_split token_stride head_stride page_stride
+//   host FOLDER decode TYPE WIDTH SEED R Hq Hkv D length page_size pages keys_per_split token_stride head_stride page_stride
 //   host FOLDER merge SEED S rows D
 //   host FOLDER merge_backward SEED S rows D
 //   host FOLDER append|gather|copy SEED count units limit
@@ -63,7 +63,7 @@ void decode(char** arguments) {
   const auto query = read<Unit>("query"), key = read<Unit>("key"), value = read<Unit>("value");
   const auto table = read<int>("table");
   DecodeArguments x{query.data(), key.data(), value.data(), table.empty() ? nullptr : table.data()};
-  for (int* size : {&x.R, &x.Hq, &x.Hkv, &x.D, &x.length, &x.page_size, &x.keys_per_split}) *size = next();
+  for (int* size : {&x.R, &x.Hq, &x.Hkv, &x.D, &x.length, &x.page_size, &x.pages, &x.keys_per_split}) *size = next();
   for (long long* stride : {&x.token_stride, &x.head_stride, &x.page_stride}) *stride = next();
   x.scale = 0.3f;
   const int splits = (x.length + x.keys_per_split - 1) / x.keys_per_split;
