@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,11 +56,12 @@ def generate(
     mask_RT = torch.zeros(shape, dtype=torch.bool, device=device)
     log_probs_RT = torch.zeros(shape, device=device)
     alive = torch.arange(shape[0], device=device)  # rows still growing; only they are computed
+    logits = _head(model)
     with DecodeLayout(prefixes, num_responses, max_new_tokens) as layout:
         for step in range(max_new_tokens):
             layout.grow()
             hidden_A1H = last_hidden(model, last_R[:, None], positions_R[alive, None] + step, layout)
-            logits_AV = _logits(model, hidden_A1H[:, 0])
+            logits_AV = logits(hidden_A1H[:, 0])
             if not logits_AV.amax(-1).isfinite().all():
                 raise UserError(f"generate: the logits of response token {step} are not finite; expected sound weights")
             last_R = _sample(logits_AV, temperature, top_p, generator)
@@ -79,15 +80,18 @@ def generate(
     return groups[0] if isinstance(prefix, PrefixCache) else groups
 
 
-def _logits(model: PreTrainedModel, hidden_RH: Tensor) -> Tensor:
-    """float32 logits [R, V] of the head, with the final soft cap of models that have one."""
+def _head(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Hidden states [R, H] -> float32 logits [R, V], with the final soft cap of models that have one."""
     head = model.get_output_embeddings()
-    with torch.autocast(hidden_RH.device.type, enabled=False):
-        logits_RV = torch.nn.functional.linear(
-            hidden_RH.float(), head.weight.float(), None if head.bias is None else head.bias.float()
-        )
+    weight_VH, bias_V = head.weight.float(), None if head.bias is None else head.bias.float()  # once for all steps
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    return logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap)
+
+    def logits(hidden_RH: Tensor) -> Tensor:
+        with torch.autocast(hidden_RH.device.type, enabled=False):
+            logits_RV = torch.nn.functional.linear(hidden_RH.float(), weight_VH, bias_V)
+        return logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap)
+
+    return logits
 
 
 def _sample(logits_RV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

@@ -10,10 +10,10 @@ from opsdl.prefix.operators import fallback
 
 
 def merge_states(out_SRHD: Tensor, lse_SRH: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge S partial states over disjoint keys into out [R, H, D] and lse [R, H]; float32 or float64, differentiable.
+    """Merge S partial states over disjoint keys into out [R, H, D] and lse [R, H]; differentiable.
 
-    An infinite lse is a part without keys, and what its out holds does not matter; a row of such parts alone has out 0
-    and lse -inf. Raises RuntimeError on other shapes and dtypes.
+    All are float32, on a CPU float64 too. An infinite lse is a part without keys, and what its out holds does not
+    matter; a row of such parts alone has out 0 and lse -inf. Raises RuntimeError on other shapes and dtypes.
     """
     return torch.ops.opsdl.merge_states(out_SRHD, lse_SRH)
 
