@@ -35,7 +35,7 @@ $(VENV)/.torch: $(VENV)/.created constraints.txt
 	@$(PIP) show --quiet triton 2>/dev/null || $(PIP) install --quiet "$(TRITON)"
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(wildcard csrc/*/*)
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -type f)
 	@echo "setup: installing opsdl and what it needs, compiling csrc/"
 	@$(PIP) install --quiet -c constraints.txt setuptools ninja
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[train,triton,test,dev]"

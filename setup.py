@@ -92,8 +92,9 @@ def extensions():
     modules = [
         CppExtension(
             "opsdl._cpu",
-            sources=sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
-            depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
+            sources=sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp")),
+            depends=[str(path) for path in Path("csrc/cpu").rglob("*.h")],
+            include_dirs=[str(Path("csrc/cpu").resolve())],
             # AVX-512 throughout; the functions that need more ask the CPU first.
             extra_compile_args=[
                 "-std=c++20",
@@ -105,9 +106,7 @@ def extensions():
             ],
             extra_link_args=["-fopenmp"],
         ),
-        CppExtension(
-            "opsdl._blocks", sources=["csrc/bindings/blocks.cpp"], extra_compile_args=["-std=c++20", "-O2"]
-        ),
+        CppExtension("opsdl._blocks", sources=["csrc/bindings/blocks.cpp"], extra_compile_args=["-std=c++20", "-O2"]),
     ]
     if compiler:
         # Not torch's CUDAExtension, which links a CUDA build of torch.

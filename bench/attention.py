@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from opsdl.prefix import partial, states
+from opsdl.prefix.attention import partial, states
 
 RESULTS = Path(__file__).parent / "results" / "attention.md"
 G, P, T, HQ, HKV, D = 8, 4096, 128, 8, 2, 64

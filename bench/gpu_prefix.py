@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from opsdl.prefix import partial, states
+from opsdl.prefix.attention import partial, states
 
 SCALE = 64**-0.5
 # R rows, Hq, Hkv, D, length, page size or 0

@@ -6,7 +6,7 @@ import io
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from opsdl.evaluation.plots import INK, STYLE
+from opsdl.evaluation.report.plots import INK, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

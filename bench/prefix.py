@@ -22,8 +22,8 @@ from torch import Tensor
 
 import opsdl
 from bench.memory import resident
+from opsdl.config import ModelConfig
 from opsdl.models import load_model
-from opsdl.training.config import ModelConfig
 
 G, P, T = 8, 2048, 64
 ROUNDS = 5

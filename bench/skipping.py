@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 import opsdl
+from opsdl.config import load_config
+from opsdl.data.prompts import Prompts
 from opsdl.losses import moments
 from opsdl.models import eos_token_ids, load_model, load_tokenizer
-from opsdl.training.config import load_config
-from opsdl.training.prompts import Prompts
 
 PROMPTS, RESPONSES, ROUNDS = 24, 4, 5
 TOLERANCES = (None, "auto", 5e-4, 2e-3, 1e-2)

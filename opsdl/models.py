@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from opsdl.errors import UserError
 
 if TYPE_CHECKING:  # the arrow runs from training to models
-    from opsdl.training.config import ModelConfig
+    from opsdl.config import ModelConfig
 
 HUB_SECONDS = 10  # to ask whether the hub has the model; after that only local copies count
 

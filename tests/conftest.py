@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from opsdl.config import ModelConfig
 from opsdl.models import load_model, load_tokenizer
-from opsdl.training.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from opsdl.config import ModelConfig
 from opsdl.models import context_limit, eos_token_ids, load_model, pick_device
-from opsdl.training.config import ModelConfig
 
 
 def test_the_real_model_is_plain_float32_and_saves_exactly(smollm2, tmp_path):

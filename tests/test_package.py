@@ -89,7 +89,7 @@ def test_command_without_its_packages_says_what_to_install(arguments, missing):
     blocked = ("omegaconf", "transformers", "yaml")
     code = f"""
 import sys
-from opsdl.cli import main
+from opsdl.cli.main import main
 sys.stderr = sys.stdout
 print(main({arguments!r}))
 """
@@ -99,7 +99,7 @@ print(main({arguments!r}))
 
 
 def test_info_needs_torch_only():
-    code = "from opsdl.cli import main; main(['info'])"
+    code = "from opsdl.cli.main import main; main(['info'])"
     assert "loss backend reference" in python(code, ("transformers", "triton", "omegaconf"))
 
 

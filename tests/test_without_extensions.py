@@ -15,9 +15,7 @@ def test_shared_prefixes_work_uncompiled(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
 
     def run(*command):
-        return subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, env=environment
-        )
+        return subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, env=environment)
 
     where = run("-c", "import opsdl.extension as e; print(e.__file__, e.load())").stdout
     assert where.startswith(str(tmp_path)) and "not built" in where

@@ -17,14 +17,14 @@ import torch
 from tqdm import tqdm
 
 from opsdl.data.chat import check_length, encode_prompt
-from opsdl.data.needles import make_needles
+from opsdl.data.tasks.needles import make_needles
 from opsdl.evaluation.scoring import accuracy, found
 from opsdl.models import eos_token_ids
 from opsdl.prefix import generate, prefill
 
 if TYPE_CHECKING:
+    from opsdl.config import EvaluationSet, RunConfig
     from opsdl.data.triplets import Triplet
-    from opsdl.training.config import EvaluationSet, RunConfig
 
 SEED_OFFSET = 1_000_003  # the draws of an evaluation set are not those of a training set of the same seed
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsdl.losses import kinds, moments
-from opsdl.losses.cpu_engine import CpuEngine
-from opsdl.losses.problem import Problem
+from opsdl.losses import moments, values
+from opsdl.losses.call import Problem
+from opsdl.losses.engines.cpu import CpuEngine
+from opsdl.losses.engines.torch import TorchEngine
+from opsdl.losses.engines.triton import TritonEngine
 from opsdl.losses.shards import Shards
-from opsdl.losses.torch_engine import TorchEngine
-from opsdl.losses.triton_engine import TritonEngine
 
 Engine = TorchEngine | CpuEngine | TritonEngine
 ENGINES = {"torch": TorchEngine, "cpu": CpuEngine, "triton": TritonEngine}
@@ -24,7 +24,7 @@ ENGINES = {"torch": TorchEngine, "cpu": CpuEngine, "triton": TritonEngine}
 
 class Result(NamedTuple):
     values_N: Tensor
-    stats_SN: Tensor  # rows as in kinds.names
+    stats_SN: Tensor  # rows as in values.names
     grad_hidden: Tensor | None  # [N, H]; dtypes as in Problem.grad_dtypes
     grad_weight: Tensor | None  # [V, H]
     grad_bias: Tensor | None  # [V]
@@ -37,12 +37,12 @@ def run(problem: Problem, scale_N: Tensor, wanted: tuple[bool, bool, bool], back
     """
     active_n = scale_N.nonzero().squeeze(1)
     engine = ENGINES[backend](problem, wanted, len(active_n))
-    names = kinds.names(problem.kind, problem.tokens_N is not None, problem.skip_tolerance > 0)
+    names = values.names(problem.kind, problem.tokens_N is not None, problem.skip_tolerance > 0)
     values_N, stats_SN = torch.zeros_like(scale_N), scale_N.new_zeros(len(names), len(scale_N))
     for tokens_n in _blocks(active_n, engine):
         stats, picked_3n = _statistics(engine, tokens_n, problem.shards)
         divergence_n = None if problem.beta == 1 else engine.mix(problem.beta, stats)
-        value_n, factors = kinds.finish(problem.kind, problem.clip, stats, picked_3n, divergence_n)
+        value_n, factors = values.finish(problem.kind, problem.clip, stats, picked_3n, divergence_n)
         if any(wanted):
             engine.prepare(stats, factors.scaled(scale_N[tokens_n]))
             kept_kn = None

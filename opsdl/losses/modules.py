@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opsdl.losses.functional import fused_log_prob, fused_policy_reverse_kl, fused_reverse_kl
+from opsdl.losses.api import fused_log_prob, fused_policy_reverse_kl, fused_reverse_kl
 
 
 class _Loss(nn.Module):

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsdl.losses import driver, kinds
+from opsdl.losses import driver, values
 from opsdl.losses.arguments import check_token_values
-from opsdl.losses.problem import Head, OwnHead, Problem, SharedHead, kept
+from opsdl.losses.call import Head, OwnHead, Problem, SharedHead, kept
 from opsdl.losses.shards import Shards
 
 _ARGUMENTS = (
@@ -87,7 +87,7 @@ def token_losses_backward(*arguments):
 
 def _fake_stats(arguments: tuple) -> Tensor:
     tokens, scale, kind, skip_tolerance = arguments[6], arguments[_SCALE], arguments[_KIND], arguments[13]
-    return scale.new_empty(len(kinds.names(kind, tokens is not None, skip_tolerance > 0)), scale.shape[0])
+    return scale.new_empty(len(values.names(kind, tokens is not None, skip_tolerance > 0)), scale.shape[0])
 
 
 def _fake_gradients(arguments: tuple) -> list[Tensor]:

@@ -4,14 +4,14 @@ Read in this order: rows (what a response feeds), layout and decode (who attends
 (the arithmetic), attention (how transformers models come here), tree, pool and cache, generate, hidden.
 """
 
-from opsdl.prefix import flash  # noqa: F401  registers what runs on CUDA
-from opsdl.prefix.attention import attach, detach
-from opsdl.prefix.cache import PrefixCache, StalePrefixError, extend, prefill
+from opsdl.prefix.adapter import attach, detach
+from opsdl.prefix.attention import flash  # noqa: F401  registers what runs on CUDA
 from opsdl.prefix.generate import generate
 from opsdl.prefix.hidden import response_hidden
-from opsdl.prefix.pool import FreedSequence, KeyValuePool, OutOfBlocks
-from opsdl.prefix.rows import Responses
-from opsdl.prefix.transformers_cache import as_transformers
+from opsdl.prefix.memory.cache import PrefixCache, StalePrefixError, extend, prefill
+from opsdl.prefix.memory.pool import FreedSequence, KeyValuePool, OutOfBlocks
+from opsdl.prefix.memory.transformers_cache import as_transformers
+from opsdl.prefix.responses import Responses
 from opsdl.prefix.tree import Segment, tree_hidden
 
 __all__ = [

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsdl.errors import UserError
-from opsdl.prefix.attention import last_hidden
-from opsdl.prefix.cache import PrefixCache, check_prefix
-from opsdl.prefix.decode import DecodeLayout
-from opsdl.prefix.rows import Responses
+from opsdl.prefix.adapter import last_hidden
+from opsdl.prefix.layouts.decode import DecodeLayout
+from opsdl.prefix.memory.cache import PrefixCache, check_prefix
+from opsdl.prefix.responses import Responses
 
 
 @torch.no_grad()

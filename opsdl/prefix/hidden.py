@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsdl.prefix.attention import last_hidden
-from opsdl.prefix.cache import PrefixCache, check_prefix, prefill
-from opsdl.prefix.layout import RowsLayout
-from opsdl.prefix.rows import Ragged, Responses
+from opsdl.prefix.adapter import last_hidden
+from opsdl.prefix.layouts.cached import RowsLayout
+from opsdl.prefix.memory.cache import PrefixCache, check_prefix, prefill
+from opsdl.prefix.responses import Ragged, Responses
 from opsdl.prefix.tree import Segment, tree_hidden
 
 

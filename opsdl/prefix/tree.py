@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opsdl.prefix import partial
-from opsdl.prefix.attention import last_hidden
+from opsdl.prefix.adapter import last_hidden
+from opsdl.prefix.attention import partial
 
 ALONE = 256  # segments of so many tokens attend to themselves one by one; shorter ones together, padded
 

@@ -24,17 +24,17 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from opsdl.config import RunConfig
+from opsdl.data.prompts import Prompt, Prompts, by_context, common_beginning
 from opsdl.errors import UserError
 from opsdl.evaluation.evaluate import evaluate
-from opsdl.evaluation.report import format_table, write_report
+from opsdl.evaluation.report.markdown import format_table, write_report
 from opsdl.evaluation.scoring import found
 from opsdl.losses import fused_policy_reverse_kl, fused_reverse_kl
 from opsdl.models import context_limit, eos_token_ids, load_model, load_tokenizer, pick_device
 from opsdl.prefix import PrefixCache, Responses, extend, generate, prefill, response_hidden
 from opsdl.training.checkpoint import restore_trainer, save_checkpoint
-from opsdl.training.config import RunConfig
 from opsdl.training.monitor import Clock, interrupt_after_step, peak_memory_mib
-from opsdl.training.prompts import Prompt, Prompts, by_context, common_beginning
 from opsdl.training.rundir import RunDir
 from opsdl.training.teacher import Teacher
 

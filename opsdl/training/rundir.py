@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from opsdl.config import RunConfig, to_yaml
 from opsdl.errors import UserError
 from opsdl.files import write_whole
 from opsdl.training.checkpoint import checkpoints
-from opsdl.training.config import RunConfig, to_yaml
 
 
 class RunDir:

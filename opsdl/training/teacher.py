@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import PreTrainedModel
 
-from opsdl.training.config import RunConfig
+from opsdl.config import RunConfig
 
 
 class Teacher:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsdl.losses import moments, problem
+from opsdl.losses import call, moments
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "one head": {},
@@ -32,18 +32,18 @@ def make(dtype, tokens_count, size, vocabulary, *, seed, noise=0.3, teacher_size
     student_bias = draw(vocabulary) if bias else None
     if padding:
         student_bias[-padding:] = -torch.inf
-    head = problem.Head(weight, student_bias, temperature, softcap)
+    head = call.Head(weight, student_bias, temperature, softcap)
     second = None
     if teacher_size == 0:
         teacher = (hidden.float() + scale * noise * draw(tokens_count, size)).to(dtype)
-        second = problem.SharedHead(hidden, teacher, head)
+        second = call.SharedHead(hidden, teacher, head)
     elif teacher_size is not None:
         own = (draw(vocabulary, teacher_size) * 2.5 / teacher_size**0.5).to(dtype)
-        teacher_head = problem.Head(own, draw(vocabulary) if bias else None, temperature, softcap)
+        teacher_head = call.Head(own, draw(vocabulary) if bias else None, temperature, softcap)
         teacher = draw(tokens_count, teacher_size).to(dtype)
-        second = problem.OwnHead(teacher, teacher_head)
+        second = call.OwnHead(teacher, teacher_head)
     rows = torch.arange(tokens_count)
-    near = second.near(rows) if isinstance(second, problem.SharedHead) else None
+    near = second.near(rows) if isinstance(second, call.SharedHead) else None
     bias_of_teacher = None if second is None or (near is not None and dtype == torch.float32) else second.head.bias
     return {
         "hidden_MH": hidden,

@@ -5,6 +5,7 @@ import problems
 import pytest
 import torch
 from opsdl.kernels import configs
+
 from tools import triton_aot
 
 # Registers per thread that each kernel may take; none may spill. Compiler versions move them by a few.

@@ -11,7 +11,7 @@ import triton
 from cuda_problems import missing
 
 from opsdl import extension
-from opsdl.prefix import operators  # noqa: F401  the schemas
+from opsdl.prefix.attention import operators  # noqa: F401  the schemas
 
 LIBRARY = Path(extension.__file__).with_name("_cuda.so")
 WHY = f"csrc/cuda is not built: {missing('nvcc') or 'see the set-up'}"

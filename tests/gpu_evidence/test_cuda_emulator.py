@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from cuda_problems import DECODES, SCALE, SOURCES, Decode, check_merged, missing, states
+
 from tools import ptxsim
 from tools.ptxsim import mutation
 from tools.ptxsim.launch import host_bytes

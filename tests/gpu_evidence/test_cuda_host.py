@@ -10,6 +10,7 @@ from cuda_problems import DECODES, SOURCES, Decode, check_merged, missing, state
 
 pytestmark = pytest.mark.skipif(missing("g++") is not None, reason=str(missing("g++")))
 HERE = Path(__file__).parent
+TOOLS = HERE.parents[1] / "tools"
 SANITIZE = {
     "address and undefined": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
@@ -19,7 +20,16 @@ SANITIZE = {
 
 def build(folder, sanitizer, sources=SOURCES, *flags):
     program = folder / "host"
-    command = ["g++", "-std=c++20", "-O1", "-g", f"-I{HERE / 'tools'}", f"-I{sources}", *SANITIZE[sanitizer], *flags]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-g",
+        f"-I{TOOLS}",
+        f"-I{sources}",
+        *SANITIZE[sanitizer],
+        *flags,
+    ]
     subprocess.run([*command, str(HERE / "cuda" / "host.cpp"), "-o", str(program)], check=True)
     return program
 

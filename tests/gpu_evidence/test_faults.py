@@ -9,6 +9,7 @@ import pytest
 import torch
 from opsdl.kernels import forward
 from opsdl.kernels.operands import Operands
+
 from tools import ptxsim
 from tools.ptxsim import mutation
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsdl.losses import driver
-from opsdl.losses.problem import Head, OwnHead, Problem, SharedHead
+from opsdl.losses.call import Head, OwnHead, Problem, SharedHead
 from opsdl.losses.shards import Shards
 
 MIB = 1 << 20
