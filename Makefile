@@ -14,8 +14,10 @@ MODEL_FILE := SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL := .cache/smollm2/$(MODEL_FILE)
 DOWNLOAD := .cache/download
 
+CPP = $(shell find csrc tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
 .DELETE_ON_ERROR:
-.PHONY: help setup train train-long bench test test-slow lint clean
+.PHONY: help setup train train-long bench test test-slow format check mutants clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -39,6 +41,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml setup.py $(shell find csrc -ty
 	@echo "setup: installing opsdl and what it needs, compiling csrc/"
 	@$(PIP) install --quiet -c constraints.txt setuptools ninja
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[train,triton,test,dev]"
+	@$(BIN)/opsdl info | grep '^operators'
 	@touch $@
 
 $(MODEL): | $(VENV)/.created
@@ -66,7 +69,7 @@ $(BENCH_VENV)/.installed: bench/requirements-peers.txt constraints.txt pyproject
 	@touch $@
 
 bench: $(BENCH_VENV)/.installed ## compare the losses with their peers, into bench/results; goes on where it stopped
-	$(BENCH_VENV)/bin/python -m bench.compare $(ARGS)
+	$(BENCH_VENV)/bin/python -m bench.loss $(ARGS)
 
 test: setup ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -74,9 +77,21 @@ test: setup ## run the tests
 test-slow: setup ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-lint: setup ## check style
+format: $(VENV)/.installed ## write all sources in their form
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+check: $(VENV)/.installed ## check formats, lint and types; what CI runs before the tests
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
+
+mutants: setup ## change the code in many small ways and list what no test notices; hours, and goes on where it stopped
+	OMP_NUM_THREADS=1 OPSDL_TEST_MODEL_DIR="$(CURDIR)/$(dir $(MODEL))" $(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
 
 clean: ## remove .venv, caches and build outputs; the model and runs/ stay
-	rm -rf $(VENV) $(BENCH_VENV) $(DOWNLOAD) build dist *.egg-info opsdl/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
-	find opsdl kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf $(VENV) $(BENCH_VENV) $(DOWNLOAD) build dist *.egg-info opsdl/*.so mutants
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find opsdl kernels tests bench tools -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -143,12 +143,12 @@ def recorders(package: str) -> Iterator[dict[str, Work]]:
 def count(N: int, H: int, V: int, package: str = "opsdl.kernels") -> dict[str, Work]:
     """Work of each kernel for one reverse KL and its gradients in bf16, student and teacher of one head."""
     empty = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
-    near_N, rows_N = empty(N, dtype=torch.int8), empty(N, dtype=torch.int64)
+    gap_form_N, index_N = empty(N, dtype=torch.int8), empty(N, dtype=torch.int64)
     factors_6N = [empty(N, dtype=torch.float32) for _ in range(6)]
     gradients = empty(N, H), empty(V, H, dtype=torch.float32), None
     forward, backward = (importlib.import_module(f"{package}.{name}") for name in KERNELS)
     operands = importlib.import_module(f"{package}.operands").Operands(
-        empty(N, H), empty(V, H), None, empty(N, H), None, None, near_N, rows_N, None, 1.0, None
+        empty(N, H), empty(V, H), None, empty(N, H), None, None, gap_form_N, index_N, None, 1.0, None
     )
     with recorders(package) as work, Allocations() as allocated:
         moments_7SN, _ = forward.linear_moments(operands)

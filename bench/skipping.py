@@ -1,6 +1,7 @@
 """What `skip_tolerance` saves on real hidden states: student under the long context, teacher under the short one.
 
-    python -m bench.skipping recipes/smollm2-kjv.yaml             # writes bench/results/skipping.json and .md
+    python -m bench.skipping recipes/smollm2-kjv.yaml             # into bench/results/skipping.{json,md}
+    python -m bench.skipping --quick --out DIR                    # random hidden states
 
 Rolls out needle questions of the recipe with its model, takes both models' hidden states at every response token in
 bf16, and measures the loss on them: errors against float64, time of the backward, and how the gradient is spread over
@@ -9,33 +10,60 @@ tokens and tiles.
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
-import time
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import opsdl
-from opsdl.config import load_config
-from opsdl.data.prompts import Prompts
-from opsdl.losses import moments
-from opsdl.models import eos_token_ids, load_model, load_tokenizer
+from bench import harness
+from bench.harness import Say, Step
+from bench.inputs import Inputs, Shape, make_inputs, relative_error, truth_in_parts
+from bench.results import Case, Number, Result, measured, origin, publish
+from bench.tables import Report, Table, fixed, message, percent, scientific
 
-PROMPTS, RESPONSES, ROUNDS = 24, 4, 5
-TOLERANCES = (None, "auto", 5e-4, 2e-3, 1e-2)
+NAME = "skipping"
+PROMPTS, RESPONSES = 24, 4
+TOLERANCES: tuple[float | str | None, ...] = (None, "auto", 5e-4, 2e-3, 1e-2)
 TILES = ((1, 128), (1, 1024), (16, 128), (64, 128), (128, 128))  # tokens x vocabulary entries
-OUT = Path(__file__).parent / "results"
+ORDERS = ("as they come", "tokens sorted")
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+IDLE_ENERGY = 9e-6  # (0.3 %)^2 of the gradient's energy may be left out
 
 
-def hidden_states(path: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(student [N, H], teacher [N, H], head [V, H]) in bf16, of every response token."""
-    config = load_config(path, [])
-    tokenizer, model = load_tokenizer(config.model), load_model(config.model, torch.device("cpu"))
-    prompts = Prompts(config, tokenizer, None, torch.device("cpu"))
-    pairs: list[list[Tensor]] = [[], []]
+def main(arguments: list[str] | None = None) -> None:
+    parser = harness.parser(NAME, __doc__)
+    parser.add_argument("recipe", nargs="?", help="the YAML file of a run; none with --quick")
+    options = harness.parse(parser, arguments)
+    if not options.recipe and not options.quick:
+        parser.error("which recipe? for example recipes/smollm2-kjv.yaml")
+    say = harness.speaker(NAME)
+    inputs = hidden_states(options.recipe) if options.recipe else make_inputs(Shape(48, 64, 1000), "bfloat16", 0.06)
+    say(f"float64 gradients of {len(inputs.hidden_NH)} tokens")
+    kls, grads = zip(*((kl_n, grad_nV) for _, kl_n, grad_nV in truth_in_parts(inputs)), strict=True)
+    kl_N, grad_NV = torch.cat(kls), torch.cat(grads)
+    cases = [*tolerances(inputs, grad_NV, say), quantiles(kl_N), *tiles(grad_NV)]
+    settings = {
+        "rounds": harness.ROUNDS, "source": options.recipe or "random hidden states",
+        "tokens": len(inputs.hidden_NH), "vocabulary": len(inputs.weight_VH),
+    }  # fmt: skip
+    result = measured(NAME, options.command, settings, cases)
+    publish(result, report(result), options.out)
+
+
+def hidden_states(recipe: str) -> Inputs:
+    """Hidden states of every response token in bf16: the student's and the teacher's, which have the same head."""
+    from opsdl.models import eos_token_ids, load_model, load_tokenizer
+    from opsdl.training.recipe import load_recipe
+    from opsdl.training.run import make_prompts
+
+    config = load_recipe(recipe)
+    source = config.model.name, config.model.gguf_file
+    tokenizer, model = load_tokenizer(*source), load_model(*source)
+    prompts = make_prompts(config, tokenizer, model)
+    long: list[Tensor] = []
+    short: list[Tensor] = []
+    tokens: list[Tensor] = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for index in range(PROMPTS):
             prompt = prompts[index]
@@ -44,92 +72,110 @@ def hidden_states(path: str) -> tuple[Tensor, Tensor, Tensor]:
                 temperature=0.8, eos_token_id=eos_token_ids(model, tokenizer),
                 generator=torch.Generator().manual_seed(index),
             )  # fmt: skip
-            for found, ids in zip(pairs, (prompt.long_ids, prompt.short_ids), strict=True):
+            tokens.append(group.tokens[group.mask])
+            for found, ids in ((long, prompt.long_ids), (short, prompt.short_ids)):
                 found.append(opsdl.response_hidden(model, ids, group)[group.mask].bfloat16())
-    return torch.cat(pairs[0]), torch.cat(pairs[1]), model.get_output_embeddings().weight.detach().bfloat16()
+    weight_VH = model.get_output_embeddings().weight.detach().bfloat16()
+    return Inputs(torch.cat(long), weight_VH, torch.cat(short), torch.cat(tokens))
 
 
-def measure(student_NH: Tensor, teacher_NH: Tensor, weight_VH: Tensor, tolerance) -> dict:
-    """Share of tokens skipped, gradients, and seconds of the backward: both passes less the forward alone."""
-    seconds = []
-    for _ in range(ROUNDS + 1):
-        h, w = student_NH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
-        start = time.perf_counter()
-        with torch.no_grad():
-            opsdl.fused_reverse_kl(h, w, teacher_NH)
-        middle = time.perf_counter()
-        loss, stats = opsdl.fused_reverse_kl(h, w, teacher_NH, skip_tolerance=tolerance, return_stats=True)
-        loss.backward()
-        seconds.append(time.perf_counter() - middle - (middle - start))
-    skipped = stats["skipped"].mean().item() if tolerance else 0.0
-    return {"skipped": skipped, "seconds": statistics.median(seconds[1:]), "hidden": h.grad, "weight": w.grad}
+def tolerances(inputs: Inputs, grad_NV: Tensor, say: Say) -> list[Case]:
+    """For each tolerance the share that is skipped, the errors, and the time of the backward.
 
-
-def spread(student_NH: Tensor, teacher_NH: Tensor, weight_VH: Tensor) -> tuple[dict, dict]:
-    """float64 gradients of the mean KL, and the share of tiles that hold all but (0.3 %)^2 of its energy in logits."""
-    h, w = student_NH.double(), weight_VH.double()
-    z, gap = h @ w.T, (h - teacher_NH.double()) @ w.T
-    stats = moments.statistics(moments.merge(moments.measure(z, gap)[:, None]))
-    grad = (z - stats["student_lse"][:, None]).exp_().mul_(gap - stats["mean_gap"][:, None]) / len(h)
-    order = grad.square().sum(-1).argsort()
-    needed = {}
-    for rows, columns in TILES:
-        for name, g in (("as they come", grad), ("tokens sorted", grad[order])):
-            padded = torch.nn.functional.pad(g, (0, -g.shape[1] % columns, 0, -g.shape[0] % rows)).square_()
-            energy = padded.view(padded.shape[0] // rows, rows, -1, columns).sum((1, 3)).flatten().sort().values
-            idle = (energy.cumsum(0) <= 9e-6 * energy.sum()).float().mean().item()
-            needed[f"{rows} x {columns}, {name}"] = 1 - idle
-    kl = stats["kl"].sort().values
-    quantiles = {str(q): float(kl[int(q * (len(kl) - 1))]) for q in (0.1, 0.25, 0.5, 0.75, 0.9)}
-    return {"hidden": grad @ w, "weight": grad.T @ h}, {"tiles needed": needed, "kl quantiles": quantiles}
-
-
-def main(path: str) -> None:
-    torch.set_num_threads(2)
-    student_NH, teacher_NH, weight_VH = hidden_states(path)
-    truth, facts = spread(student_NH, teacher_NH, weight_VH)
-    rows = []
+    A backward's time is that of both passes less that of the forward alone in the same round.
+    """
+    expected = {"hidden": grad_NV @ inputs.weight_VH.double(), "head": grad_NV.T @ inputs.hidden_NH.double()}
+    steps: dict[str, Step] = {"forward": partial(forward, inputs)}
+    steps |= {str(tolerance): partial(both_passes, inputs, tolerance) for tolerance in TOLERANCES}
+    times = harness.time_in_turn(steps, say=say)
+    backward = {name: [x - y for x, y in zip(rounds, times["forward"], strict=True)] for name, rounds in times.items()}
+    cases = []
     for tolerance in TOLERANCES:
-        row = measure(student_NH, teacher_NH, weight_VH, tolerance)
-        for name in truth:
-            row[name] = float((row[name].double() - truth[name]).norm() / truth[name].norm())
-        rows.append(
-            {
-                "tolerance": tolerance,
-                **row,
-                "speedup": (rows[0]["seconds"] if rows else row["seconds"]) / row["seconds"],
-            }
-        )
-        print(rows[-1], flush=True)
-    facts |= {"tokens": len(student_NH), "vocabulary": len(weight_VH), "rows": rows}
-    OUT.mkdir(exist_ok=True)
-    (OUT / "skipping.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (OUT / "skipping.md").write_text(report(facts))
+        name = str(tolerance)
+        skipped, *gradients = both_passes(inputs, tolerance)
+        numbers = {
+            "skipped": Number(skipped, "1"),
+            "backward": Number.timed(backward[name], "ms"),
+            "ratio": Number.ratio(backward[name], backward["None"]),
+        }
+        for (what, truth), gradient in zip(expected.items(), gradients, strict=True):
+            numbers[f"{what}_error"] = Number(relative_error(gradient, truth), "1")
+        cases.append(Case(name, name, {"what": "tolerance"}, numbers))
+    return cases
 
 
-def report(facts: dict) -> str:
-    lines = [
-        "# Skipping on real hidden states",
-        "",
-        f"{facts['tokens']} response tokens of SmolLM2-135M under needle questions of 1000 tokens, V ="
-        f" {facts['vocabulary']}, bf16, 2 threads. Skipped: share of the products of a token and a tile of 256 entries."
-        " Errors are relative, against float64.",
-        "",
-        "| skip_tolerance | skipped | backward, exact = 1 | dH error | dW error |",
-        "|---|---|---|---|---|",
+def forward(inputs: Inputs) -> Tensor:
+    x = inputs.leaves()
+    with torch.no_grad():
+        return opsdl.fused_reverse_kl(x.hidden_NH, x.weight_VH, x.teacher_NH)
+
+
+def both_passes(inputs: Inputs, tolerance: float | str | None) -> tuple[float, Tensor, Tensor]:
+    """The share of the products of a token and a tile that is skipped, and the gradients."""
+    x = inputs.leaves()
+    loss, stats = opsdl.fused_reverse_kl(
+        x.hidden_NH, x.weight_VH, x.teacher_NH, skip_tolerance=tolerance, return_stats=True
+    )
+    grad_hidden_NH, grad_weight_VH = torch.autograd.grad(loss, (x.hidden_NH, x.weight_VH))
+    return (float(stats["skipped"].mean()) if tolerance else 0.0), grad_hidden_NH, grad_weight_VH
+
+
+def quantiles(kl_N: Tensor) -> Case:
+    ordered = kl_N.sort().values
+    numbers = {f"{q:.0%}": Number(float(ordered[int(q * (len(ordered) - 1))]), "nats") for q in QUANTILES}
+    return Case("kl", "KL of the tokens", {"what": "quantiles"}, numbers)
+
+
+def tiles(grad_NV: Tensor) -> list[Case]:
+    """The share of tiles that hold all of the energy of the gradient for the logits but IDLE_ENERGY."""
+    ordered_NV = grad_NV[grad_NV.square().sum(-1).argsort()]
+    cases = []
+    for tokens, entries in TILES:
+        for order, g in zip(ORDERS, (grad_NV, ordered_NV), strict=True):
+            padded = torch.nn.functional.pad(g, (0, -g.shape[1] % entries, 0, -g.shape[0] % tokens)).square_()
+            energy = padded.view(padded.shape[0] // tokens, tokens, -1, entries).sum((1, 3)).flatten().sort().values
+            idle = (energy.cumsum(0) <= IDLE_ENERGY * energy.sum()).double().mean()
+            name = f"{tokens} x {entries}"
+            cases.append(Case(name, name, {"what": "tiles", "order": order}, {"needed": Number(1 - float(idle), "1")}))
+    return cases
+
+
+def report(result: Result) -> Report:
+    settings = result.settings
+    rows = [
+        [
+            case.label, percent(case.value("skipped")), fixed(case.value("ratio")),
+            percent(case.value("hidden_error"), 2), percent(case.value("head_error"), 2),
+        ]
+        for case in result.select(what="tolerance")
+    ]  # fmt: skip
+    header = ["skip_tolerance", "skipped", "backward, exact = 1", "dHidden error", "dHead error"]
+    skipping = Table(header, rows)
+    kl = result.only("kl")
+    quantiles = Table(["quantile", "KL of a token"], [[q, scientific(x.value)] for q, x in kl.numbers.items()])
+    needed = [
+        [name, *(percent(result.only(name, what="tiles", order=order).value("needed")) for order in ORDERS)]
+        for name in dict.fromkeys(case.name for case in result.select(what="tiles"))
     ]
-    for row in facts["rows"]:
-        lines.append(
-            f"| {row['tolerance']} | {row['skipped']:.1%} | {1 / row['speedup']:.2f} | {row['hidden']:.2%} |"
-            f" {row['weight']:.2%} |"
-        )
-    quantiles = ", ".join(f"{float(q):.0%}: {kl:.1e}" for q, kl in facts["kl quantiles"].items())
-    lines += ["", f"Quantiles of the tokens' KL: {quantiles}.", ""]
-    lines += ["Tiles of logits that hold all but (0.3 %)^2 of the energy of the gradient for the logits:", ""]
-    lines += ["| tile, tokens x entries | needed |", "|---|---|"]
-    lines += [f"| {name} | {share:.1%} |" for name, share in facts["tiles needed"].items()]
-    return "\n".join(lines) + "\n"
+    text = f"""\
+# Skipping on real hidden states
+
+{settings["tokens"]} response tokens of {message(settings["source"])}, V = {settings["vocabulary"]}, bf16, medians of
+{settings["rounds"]} rounds. Skipped: share of the products of a token and a tile of 256 entries. Errors are relative,
+against float64.
+
+{origin(result)}
+
+{skipping.markdown()}
+
+{quantiles.markdown()}
+
+Tiles of logits that hold all but (0.3 %)^2 of the energy of the gradient for the logits:
+
+{Table(["tile, tokens x entries", *ORDERS], needed).markdown()}
+"""
+    return Report(text, {"skipping": skipping})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

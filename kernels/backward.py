@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from opsdl.kernels.configs import GROUP, Tile, chunks, config
 from opsdl.kernels.operands import Operands
 from opsdl.kernels.tile import grouped, logits_and_gap, raw_logits
-from torch import Tensor
 
 
 @triton.jit
 def gradient_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, near_ptr, rows_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, form_ptr, index_ptr,
     tokens_ptr, top_ptr, log_sum_ptr, mean_gap_ptr, on_gap_ptr, on_prob_ptr, on_token_ptr, grad_ptr,
     N, V, H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride, temperature, softcap,
     first_column, grad_stride,
@@ -25,19 +26,19 @@ def gradient_kernel(
     CAPPED: tl.constexpr, SHARED: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """A program: the gradient for the raw logits of one tile, into grad [N, V] of the chunk."""
+    """A program writes the gradient for the raw logits of one tile, into grad [N, V] of the chunk."""
     tile_n, tile_v = grouped(tl.cdiv(N, BN), tl.cdiv(V, BV), GROUP)
     row_n, column_v = tile_n * BN + tl.arange(0, BN), tile_v * BV + tl.arange(0, BV)
     mask_n, mask_v = row_n < N, column_v < V
-    at_n = tl.load(rows_ptr + row_n, mask=mask_n, other=0)
-    near_n = tl.load(near_ptr + row_n, mask=mask_n, other=0) if SHARED else row_n * 0
+    index_n = tl.load(index_ptr + row_n, mask=mask_n, other=0)
+    form_n = tl.load(form_ptr + row_n, mask=mask_n, other=0) if SHARED else row_n * 0
     raw, second = raw_logits(
-        hidden_ptr, weight_ptr, teacher_ptr, teacher_weight_ptr, at_n, near_n, mask_n, column_v, mask_v,
+        hidden_ptr, weight_ptr, teacher_ptr, teacher_weight_ptr, index_n, form_n, mask_n, column_v, mask_v,
         H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride,
         HAS_TEACHER, SHARED, ROUNDED, PRECISION, BN, BV, BH,
     )  # fmt: skip
     z, gap_nv, slope = logits_and_gap(
-        raw, second, near_n > 0, mask_v, bias_ptr, teacher_bias_ptr, column_v, temperature, softcap,
+        raw, second, form_n > 0, mask_v, bias_ptr, teacher_bias_ptr, column_v, temperature, softcap,
         HAS_BIAS, HAS_TEACHER, HAS_TEACHER_BIAS, CAPPED,
     )  # fmt: skip
     top_n = tl.load(top_ptr + row_n, mask=mask_n, other=0.0)
@@ -61,7 +62,7 @@ def product_kernel(
     a_ptr, b_ptr, c_ptr, M, N, K, a_row, a_column, b_row, c_row, ADD: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """C [M, N] (+)= A [M, K] B [K, N], C float32."""
+    """A program computes a tile of C [M, N] (+)= A [M, K] B [K, N], C float32."""
     tile_m, tile_n = grouped(tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     row_m, column_n = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     step_k = tl.arange(0, BK)
@@ -90,13 +91,17 @@ def linear_gradient(
     grad_weight_VH: Tensor | None,
     grad_bias_V: Tensor | None,
 ) -> None:
-    """Fills the gradients asked for, of sum_n loss_n; grad_hidden is of any dtype, and its rows rows_N are written,
-    grad_weight and grad_bias are float32.
+    """Fill the gradients asked for, of the sum of all losses.
 
-    factors: top, log_sum, mean_gap, on_gap, on_prob, on_token of each token; dz = p (on_gap (gap - mean_gap) + on_prob)
-    + on_token [v = token], p = exp(z - top - log_sum).
+    Args:
+        operands: What linear_moments had.
+        factors_6N: top, log_sum, mean_gap, on_gap, on_prob, on_token of each token, float32, in
+            dz = p (on_gap (gap - mean_gap) + on_prob) + on_token [v = token] with p = exp(z - top - log_sum).
+        grad_hidden_MH: Of any floating dtype; only what index_N names is written. None leaves it out.
+        grad_weight_VH: float32, or None.
+        grad_bias_V: float32, or None.
     """
-    N, (V, H) = len(operands.rows_N), operands.weight_VH.shape
+    N, (V, H) = len(operands.index_N), operands.weight_VH.shape
     dtype = operands.hidden_MH.dtype
     tiles = config(dtype, operands.hidden_MH.device)
     tile = tiles.gradient if operands.softcap is None else tiles.capped
@@ -108,9 +113,9 @@ def linear_gradient(
     for n in range(0, N, rows):
         some = slice(n, n + rows)
         of_tokens, factors_6n = operands.tokens(some), [x[some] for x in factors_6N]
-        count = len(of_tokens.rows_N)
+        count = len(of_tokens.index_N)
         if grad_weight_VH is not None:
-            torch.index_select(operands.hidden_MH, 0, of_tokens.rows_N, out=hidden[:count])
+            torch.index_select(operands.hidden_MH, 0, of_tokens.index_N, out=hidden[:count])
         for v in range(0, V, columns):
             these = slice(v, v + columns)
             part = of_tokens.entries(these)
@@ -123,7 +128,7 @@ def linear_gradient(
             if grad_bias_V is not None:
                 grad_bias_V[these] += grad_nv.sum(0, dtype=torch.float32)
         if grad_hidden_MH is not None:
-            grad_hidden_MH[of_tokens.rows_N] = sum_hidden[:count].to(grad_hidden_MH.dtype)
+            grad_hidden_MH[of_tokens.index_N] = sum_hidden[:count].to(grad_hidden_MH.dtype)
 
 
 def _logit_gradient(operands: Operands, factors_6n: list[Tensor], first: int, grad_nv: Tensor, tile: Tile) -> None:

@@ -19,8 +19,10 @@ GROUP = 16  # tiles of tokens that share what L2 holds of the vocabulary: bench/
 
 @dataclass(frozen=True)
 class Tile:
+    """The part of a product that a program computes, and with what resources."""
+
     rows: int  # of the result: tokens, or vocabulary entries for dWeight
-    columns: int  # vocabulary entries, or hidden units
+    columns: int  # of the result: vocabulary entries, or hidden units
     depth: int
     warps: int
     stages: int
@@ -28,6 +30,8 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
+    """The tiles of one architecture and data type."""
+
     moments: Tile  # of the forward
     capped: Tile  # of either pass with a soft cap, whose epilogue is longer
     gradient: Tile  # of the backward
@@ -55,18 +59,20 @@ CONFIGS |= {(major, torch.float32): _FLOAT32 for major in _HALF}
 
 
 def capability(device: torch.device) -> int:
-    """Major number of the architecture that configurations are chosen for."""
+    """Return the major number of the architecture that configurations are chosen for."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
 
 
 def config(dtype: torch.dtype, device: torch.device) -> Config:
+    """Return the configuration for operands of this dtype on this device."""
     return CONFIGS[min(max(capability(device), 8), 9), dtype]
 
 
 def splits(tokens: int, vocabulary: int, tile: Tile) -> int:
-    """Parts of the vocabulary that programs of the forward share out.
+    """Return into how many parts the vocabulary is split for the programs of the forward.
 
-    At least so many that GROUP tiles of tokens fill the machine, unless the moments would exceed WORKSPACE_BYTES.
+    They are at least so many that GROUP tiles of tokens fill the machine, unless the moments would exceed
+    WORKSPACE_BYTES.
     """
     token_tiles, vocabulary_tiles = -(-tokens // tile.rows), -(-vocabulary // tile.columns)
     wanted = max(PROGRAMS // token_tiles, PROGRAMS // (4 * GROUP))
@@ -74,18 +80,21 @@ def splits(tokens: int, vocabulary: int, tile: Tile) -> int:
 
 
 def chunks(tokens: int, vocabulary: int, hidden: int, operand_bytes: int, tile: Tile) -> tuple[int, int]:
-    """Tokens and vocabulary entries whose logit gradients are in the workspace at a time."""
+    """Return of how many tokens and vocabulary entries the logit gradients are in the workspace at a time."""
     rows = max(tile.rows, min(2048, WORKSPACE_BYTES // ((4 + operand_bytes) * hidden)) // tile.rows * tile.rows)
     columns = max(tile.columns, WORKSPACE_BYTES // (rows * operand_bytes) // tile.columns * tile.columns)
     return max(1, min(rows, tokens)), min(columns, vocabulary)
 
 
 def workspace_bytes(tokens: int, vocabulary: int, hidden: int, dtype: torch.dtype, config: Config) -> int:
-    """What the backward allocates besides dHidden and a float32 dWeight: logit gradients, sums, and hidden states."""
+    """Return what the backward allocates besides dHidden and a float32 dWeight, in bytes.
+
+    It is made up of logit gradients, sums of dHidden, and hidden states.
+    """
     rows, columns = chunks(tokens, vocabulary, hidden, dtype.itemsize, config.gradient)
     return rows * columns * dtype.itemsize + rows * hidden * (4 + dtype.itemsize)
 
 
 def moments_bytes(tokens: int, vocabulary: int, config: Config) -> int:
-    """What the forward allocates."""
+    """Return what the forward allocates, in bytes."""
     return MOMENTS_BYTES * tokens * splits(tokens, vocabulary, config.moments)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from opsdl.kernels.configs import GROUP, config, splits
 from opsdl.kernels.operands import Operands
 from opsdl.kernels.tile import grouped, logits_and_gap, merge, raw_logits
-from torch import Tensor
 
 
 @triton.jit
 def moments_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, near_ptr, rows_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, teacher_ptr, teacher_weight_ptr, teacher_bias_ptr, form_ptr, index_ptr,
     tokens_ptr, moments_ptr, picked_ptr,
     N, V, H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride, temperature, softcap, splits,
     tiles_per_split,
@@ -25,8 +26,8 @@ def moments_kernel(
     tile_n, split = grouped(tl.cdiv(N, BN), splits, GROUP)
     row_n = tile_n * BN + tl.arange(0, BN)
     mask_n = row_n < N
-    at_n = tl.load(rows_ptr + row_n, mask=mask_n, other=0)
-    near_n = tl.load(near_ptr + row_n, mask=mask_n, other=0) if SHARED else row_n * 0
+    index_n = tl.load(index_ptr + row_n, mask=mask_n, other=0)
+    form_n = tl.load(form_ptr + row_n, mask=mask_n, other=0) if SHARED else row_n * 0
     token_n = tl.load(tokens_ptr + row_n, mask=mask_n, other=-1) if HAS_TOKENS else row_n
     top = tl.full((BN,), -float("inf"), tl.float32)
     teacher_top = top
@@ -37,12 +38,12 @@ def moments_kernel(
         column_v = tile * BV + tl.arange(0, BV)
         mask_v = column_v < V
         raw, second = raw_logits(
-            hidden_ptr, weight_ptr, teacher_ptr, teacher_weight_ptr, at_n, near_n, mask_n, column_v, mask_v,
+            hidden_ptr, weight_ptr, teacher_ptr, teacher_weight_ptr, index_n, form_n, mask_n, column_v, mask_v,
             H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride,
             HAS_TEACHER, SHARED, ROUNDED, PRECISION, BN, BV, BH,
         )  # fmt: skip
         z, gap_nv, slope = logits_and_gap(
-            raw, second, near_n > 0, mask_v, bias_ptr, teacher_bias_ptr, column_v, temperature, softcap,
+            raw, second, form_n > 0, mask_v, bias_ptr, teacher_bias_ptr, column_v, temperature, softcap,
             HAS_BIAS, HAS_TEACHER, HAS_TEACHER_BIAS, CAPPED,
         )  # fmt: skip
         if HAS_TOKENS:
@@ -54,7 +55,17 @@ def moments_kernel(
             top, total, offset, gap, spread, teacher_top, teacher_total, z, gap_nv
         )
     field = tl.full((), N, tl.int64) * splits
-    out = moments_ptr + split.to(tl.int64) * N + row_n
+    at = split.to(tl.int64) * N + row_n
+    store_moments(moments_ptr + at, field, mask_n, top, total, offset, gap, spread, teacher_top, teacher_total)
+    if HAS_TOKENS:
+        tl.store(picked_ptr + at, z_token, mask=mask_n)
+        tl.store(picked_ptr + at + field, gap_token, mask=mask_n)
+        tl.store(picked_ptr + at + 2 * field, slope_token, mask=mask_n)
+
+
+@triton.jit
+def store_moments(out, field, mask_n, top, total, offset, gap, spread, teacher_top, teacher_total):
+    """Store the seven moments of the tokens, fields apart."""
     tl.store(out, top, mask=mask_n)
     tl.store(out + field, total, mask=mask_n)
     tl.store(out + 2 * field, offset, mask=mask_n)
@@ -62,16 +73,11 @@ def moments_kernel(
     tl.store(out + 4 * field, spread, mask=mask_n)
     tl.store(out + 5 * field, teacher_top, mask=mask_n)
     tl.store(out + 6 * field, teacher_total, mask=mask_n)
-    if HAS_TOKENS:
-        out = picked_ptr + split.to(tl.int64) * N + row_n
-        tl.store(out, z_token, mask=mask_n)
-        tl.store(out + field, gap_token, mask=mask_n)
-        tl.store(out + 2 * field, slope_token, mask=mask_n)
 
 
 def linear_moments(operands: Operands) -> tuple[Tensor, Tensor]:
-    """Moments [7, S, N] of S parts of the vocabulary, and (logit, gap, slope) at the tokens [3, N]; float32."""
-    N, V = len(operands.rows_N), len(operands.weight_VH)
+    """Return moments [7, S, N] of S parts of the vocabulary, and (logit, gap, slope) at the tokens [3, N]; float32."""
+    N, V = len(operands.index_N), len(operands.weight_VH)
     tiles = config(operands.hidden_MH.dtype, operands.hidden_MH.device)
     tile = tiles.moments if operands.softcap is None else tiles.capped
     tile_count = triton.cdiv(V, tile.columns)

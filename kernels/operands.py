@@ -9,14 +9,15 @@ from torch import Tensor
 
 
 class Operands(NamedTuple):
-    """Hidden states and heads are of one dtype, the last dimension of each contiguous; only the tokens rows_N are read.
+    """Hidden states and heads, of one dtype and with a contiguous last dimension; only the tokens of index_N are read.
 
     z = softcap tanh(raw / softcap) / temperature with raw = hidden weight^T + bias. Besides raw a tile needs a second
-    product. With a teacher's head it is the teacher's raw logits. Where both have one head it is, by token,
+    product. With a head of the teacher's own it is the teacher's raw logits. Where both have one head it is, by token
+    (opsdl/losses/teacher.py),
 
-        near_N = 0   the teacher's raw logits, to which teacher_bias belongs
-        near_N = 1   (hidden - teacher) weight^T, the difference rounded to the dtype of the operands
-        near_N = 2   the same, and the product of what that rounding left is added
+        gap_form_N = 0   the teacher's raw logits, to which teacher_bias belongs
+        gap_form_N = 1   (hidden - teacher) weight^T, the difference rounded to the dtype of the operands
+        gap_form_N = 2   the same, and the product of what that rounding left is added
 
     The difference is made in registers: no copy of the hidden states is in memory.
     """
@@ -27,18 +28,18 @@ class Operands(NamedTuple):
     teacher_MK: Tensor | None
     teacher_weight_VK: Tensor | None  # None: weight_VH
     teacher_bias_V: Tensor | None
-    near_N: Tensor | None  # int8; None with a head of the teacher's own
-    rows_N: Tensor  # int64
-    tokens_N: Tensor | None  # a token outside the head picks zeros
+    gap_form_N: Tensor | None  # int8; None with a head of the teacher's own
+    index_N: Tensor  # int64, which of the M hidden states each token has
+    tokens_N: Tensor | None  # int64, the sampled tokens; one outside the head picks zeros
     temperature: float
     softcap: float | None
 
     def tokens(self, some: slice | Tensor) -> Operands:
-        """Of these tokens only."""
-        return self._part(("near_N", "rows_N", "tokens_N"), some)
+        """Return the operands of these tokens only."""
+        return self._part(("gap_form_N", "index_N", "tokens_N"), some)
 
     def entries(self, these: slice) -> Operands:
-        """Of these vocabulary entries only; `tokens_N` stays as it is."""
+        """Return the operands of these vocabulary entries only; `tokens_N` stays as it is."""
         return self._part(("weight_VH", "bias_V", "teacher_weight_VK", "teacher_bias_V"), these)
 
     def _part(self, names: tuple[str, ...], index: slice | Tensor) -> Operands:
@@ -51,7 +52,7 @@ class Operands(NamedTuple):
         return self[:9]
 
     def sizes(self) -> tuple[int | float, ...]:
-        N, (V, H) = len(self.rows_N), self.weight_VH.shape
+        N, (V, H) = len(self.index_N), self.weight_VH.shape
         K, *strides = 0, 0, 0
         if self.teacher_MK is not None:
             K, strides = self.teacher_MK.shape[1], [self.teacher_MK.stride(0), self._teacher_weight.stride(0)]
@@ -59,7 +60,7 @@ class Operands(NamedTuple):
         return N, V, H, K, *own, *strides, self.temperature, self.softcap or 1.0
 
     def flags(self) -> dict[str, Any]:
-        shared = self.near_N is not None
+        shared = self.gap_form_N is not None
         return {
             "HAS_BIAS": self.bias_V is not None,
             "HAS_TEACHER": self.teacher_MK is not None,
@@ -67,7 +68,7 @@ class Operands(NamedTuple):
             "HAS_TOKENS": self.tokens_N is not None,
             "CAPPED": self.softcap is not None,
             "SHARED": shared,
-            "ROUNDED": shared and self.hidden_MH.dtype != torch.float32,  # near_N is 1 everywhere in float32
+            "ROUNDED": shared and self.hidden_MH.dtype != torch.float32,  # gap_form_N is 1 everywhere in float32
             "PRECISION": "ieee",
         }
 

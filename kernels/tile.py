@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def grouped(tiles_m, tiles_n, GROUP: tl.constexpr):
-    """(m, n) of this program's tile: GROUP tiles of m take turns at each n before others begin, so L2 serves both."""
+    """Return (m, n) of this program's tile: GROUP tiles of m take turns at each n before others, so L2 serves both."""
     first = tl.program_id(0) // (GROUP * tiles_n) * GROUP
     height = min(tiles_m - first, GROUP)
     within = tl.program_id(0) % (GROUP * tiles_n)
@@ -17,12 +17,12 @@ def grouped(tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def product(
-    hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, depth, hidden_stride, weight_stride,
+    hidden_ptr, weight_ptr, index_n, mask_n, column_v, mask_v, depth, hidden_stride, weight_stride,
     BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """hidden[row_n] weight[column_v]^T, [BN, BV]; rows and columns outside their masks read zeros."""
+    """Return hidden[index_n] weight[column_v]^T, [BN, BV]; outside their masks rows and columns read zeros."""
     step_h = tl.arange(0, BH)
-    hidden = hidden_ptr + row_n.to(tl.int64)[:, None] * hidden_stride + step_h[None, :]
+    hidden = hidden_ptr + index_n.to(tl.int64)[:, None] * hidden_stride + step_h[None, :]
     weight = weight_ptr + column_v.to(tl.int64)[None, :] * weight_stride + step_h[:, None]
     sum_nv = tl.zeros((BN, BV), tl.float32)
     for start in range(0, depth, BH):
@@ -34,15 +34,15 @@ def product(
 
 
 @triton.jit
-def near_products(
-    hidden_ptr, teacher_ptr, weight_ptr, row_n, near_n, mask_n, column_v, mask_v, depth, hidden_stride, teacher_stride,
-    weight_stride,
+def shared_products(
+    hidden_ptr, teacher_ptr, weight_ptr, index_n, form_n, mask_n, column_v, mask_v, depth, hidden_stride,
+    teacher_stride, weight_stride,
     ROUNDED: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Both products with one head, every piece of which is loaded once; the second by near_n (operands.py)."""
+    """Return both products with one head, every piece of which is loaded once; form_n says what the second is."""
     step_h = tl.arange(0, BH)
-    hidden = hidden_ptr + row_n.to(tl.int64)[:, None] * hidden_stride + step_h[None, :]
-    teacher = teacher_ptr + row_n.to(tl.int64)[:, None] * teacher_stride + step_h[None, :]
+    hidden = hidden_ptr + index_n.to(tl.int64)[:, None] * hidden_stride + step_h[None, :]
+    teacher = teacher_ptr + index_n.to(tl.int64)[:, None] * teacher_stride + step_h[None, :]
     weight = weight_ptr + column_v.to(tl.int64)[None, :] * weight_stride + step_h[:, None]
     raw, second = tl.zeros((BN, BV), tl.float32), tl.zeros((BN, BV), tl.float32)
     for start in range(0, depth, BH):
@@ -53,11 +53,11 @@ def near_products(
         b = tl.load(weight + start, mask=mask_v[None, :] & inside[:, None], other=0.0)
         raw = tl.dot(a, b, raw, input_precision=PRECISION)
         wide = t.to(tl.float32)
-        taken = tl.where(near_n[:, None] > 0, a.to(tl.float32) - wide, wide)
+        taken = tl.where(form_n[:, None] > 0, a.to(tl.float32) - wide, wide)
         second = tl.dot(taken.to(t.dtype), b, second, input_precision=PRECISION)
     if ROUNDED:
         # Few tokens need what the rounding left, so for most tiles this loop has no step.
-        left_n = near_n == 2
+        left_n = form_n == 2
         for start in range(0, depth * tl.max(left_n.to(tl.int32), 0), BH):
             inside = step_h < depth - start
             mask = left_n[:, None] & inside[None, :]
@@ -72,26 +72,26 @@ def near_products(
 
 @triton.jit
 def raw_logits(
-    hidden_ptr, weight_ptr, teacher_ptr, teacher_weight_ptr, row_n, near_n, mask_n, column_v, mask_v,
+    hidden_ptr, weight_ptr, teacher_ptr, teacher_weight_ptr, index_n, form_n, mask_n, column_v, mask_v,
     H, K, hidden_stride, weight_stride, teacher_stride, teacher_weight_stride,
     HAS_TEACHER: tl.constexpr, SHARED: tl.constexpr, ROUNDED: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """Both raw products of a tile, [BN, BV]; the second is the first where there is no teacher."""
+    """Return both raw products of a tile, [BN, BV]; the second is the first where there is no teacher."""
     if SHARED:
-        raw, second = near_products(
-            hidden_ptr, teacher_ptr, weight_ptr, row_n, near_n, mask_n, column_v, mask_v, H, hidden_stride,
+        raw, second = shared_products(
+            hidden_ptr, teacher_ptr, weight_ptr, index_n, form_n, mask_n, column_v, mask_v, H, hidden_stride,
             teacher_stride, weight_stride, ROUNDED, BN, BV, BH, PRECISION,
         )  # fmt: skip
     else:
         raw = product(
-            hidden_ptr, weight_ptr, row_n, mask_n, column_v, mask_v, H, hidden_stride, weight_stride, BN, BV, BH,
+            hidden_ptr, weight_ptr, index_n, mask_n, column_v, mask_v, H, hidden_stride, weight_stride, BN, BV, BH,
             PRECISION,
         )  # fmt: skip
         second = raw
         if HAS_TEACHER:
             second = product(
-                teacher_ptr, teacher_weight_ptr, row_n, mask_n, column_v, mask_v, K, teacher_stride,
+                teacher_ptr, teacher_weight_ptr, index_n, mask_n, column_v, mask_v, K, teacher_stride,
                 teacher_weight_stride, BN, BV, BH, PRECISION,
             )  # fmt: skip
     return raw, second
@@ -99,7 +99,7 @@ def raw_logits(
 
 @triton.jit
 def expm1_residual(x):
-    """exp(x) - 1 - x with full relative accuracy."""
+    """Return exp(x) - 1 - x with full relative accuracy."""
     series = 1 + x * (1 / 10)
     series = 1 + x * (1 / 9) * series
     series = 1 + x * (1 / 8) * series
@@ -113,7 +113,7 @@ def expm1_residual(x):
 
 @triton.jit
 def tanh(x):
-    """tanh x = d / (d + 2) with d = exp(2x) - 1."""
+    """Return tanh x = d / (d + 2) with d = exp(2x) - 1."""
     x = tl.minimum(tl.maximum(x, -20.0), 20.0)
     d = expm1_residual(2 * x) + 2 * x
     return d / (d + 2)
@@ -124,7 +124,7 @@ def logits_and_gap(
     raw, second, is_difference_n, mask_v, bias_ptr, teacher_bias_ptr, column_v, temperature, softcap,
     HAS_BIAS: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_TEACHER_BIAS: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """(z, gap, slope) from raw products: z = cap tanh(raw / cap) / temperature, slope = dz / draw.
+    """Return (z, gap, slope) from raw products: z = cap tanh(raw / cap) / temperature, slope = dz / draw.
 
     Where is_difference_n the second product is a difference of raw logits, elsewhere the teacher's raw logits. A raw
     logit of -inf stays one, cap or not; where it is the student's, gap is minus the teacher's logit, which only a
@@ -156,7 +156,7 @@ def logits_and_gap(
 
 @triton.jit
 def merge(top, total, offset, gap, spread, teacher_top, teacher_total, z, gap_nv):
-    """Moments of the tile (opsdl/losses/moments.py), merged into those of the tiles before it; all [BN]."""
+    """Merge the moments of the tile (opsdl/losses/moments.py) into those of the tiles before it; all are [BN]."""
     teacher = tl.where(z != -float("inf"), z, 0.0) - gap_nv
     new_teacher_top = tl.maximum(teacher_top, tl.max(teacher, 1))
     teacher_base = tl.where(new_teacher_top > -float("inf"), new_teacher_top, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,15 @@ def load() -> str:
 def load_cuda() -> str:
     """Load the operators for GPUs, which a CPU build of torch can too: "available", or why they cannot be used."""
     return _load("_cuda", "nvcc")
+
+
+@cache
+def warn_without_cuda() -> None:
+    """Say once why operators on a GPU run in plain torch; for their fallbacks, which call it with tensors on a GPU."""
+    state = load_cuda()
+    if state != "available":
+        message = f"opsdl: operators of shared prefixes run in plain torch on this GPU: csrc/cuda is {state}"
+        warnings.warn(message, stacklevel=3)
 
 
 def _library(name: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi
@@ -16,30 +16,43 @@ from transformers.utils import logging as transformers_logging
 
 from opsdl.errors import UserError
 
-if TYPE_CHECKING:  # the arrow runs from training to models
-    from opsdl.config import ModelConfig
-
 HUB_SECONDS = 10  # to ask whether the hub has the model; after that only local copies count
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer. Raises UserError when the model cannot be found or read."""
-    with _loading(config) as source:
+def load_tokenizer(name: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the model's own tokenizer.
+
+    Args:
+        name: hub id, or a local directory.
+        gguf_file: a GGUF file inside that directory.
+
+    Raises:
+        UserError: the model cannot be found or read.
+    """
+    with _loading(name, gguf_file) as source:
         return AutoTokenizer.from_pretrained(**source)
 
 
-def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A causal LM with float32 weights on `device`, in eval mode; a GGUF model is dequantized.
+def load_model(name: str, gguf_file: str | None = None, *, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a causal LM with float32 weights, in eval mode; a GGUF model is dequantized.
 
-    Nothing is unpickled and no code from the model's repository runs. Raises UserError when the model cannot be found
-    or read.
+    Nothing is unpickled and no code from the model's repository runs.
+
+    Args:
+        name: hub id, or a local directory.
+        gguf_file: a GGUF file inside that directory.
+        device: where its weights go.
+
+    Raises:
+        UserError: the model cannot be found or read.
     """
-    safetensors_only = {} if config.gguf_file else {"use_safetensors": True}
-    with _loading(config) as source:
+    safetensors_only: dict[str, Any] = {} if gguf_file else {"use_safetensors": True}
+    with _loading(name, gguf_file) as source:
         model = AutoModelForCausalLM.from_pretrained(**source, **safetensors_only, dtype=torch.float32)
-    if config.gguf_file:
+    if gguf_file:
         _forget_quantization(model)
-    return model.to(device)
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def pick_device(name: str) -> torch.device:
@@ -67,15 +80,32 @@ def context_limit(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Make the backward pass recompute what is inside a layer, so that the forward pass keeps only the layers' inputs.
+
+    Args:
+        model: any transformers model that supports it; changed in place, and it takes effect in training mode.
+    """
+    # transformers 5.17 calls it gradient checkpointing; later versions renamed it and warn about the old name.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(model, f"{name}_checkpointing_enable")
+    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+
+
+def checkpoints_activations(model: PreTrainedModel) -> bool:
+    """Whether any layer of the model recomputes its activations in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @contextmanager
-def _loading(config: ModelConfig) -> Iterator[dict[str, Any]]:
-    """Arguments of from_pretrained that say where the model is. Silences it, and turns its errors into a UserError."""
-    local = Path(config.name).is_dir()
-    if local and config.gguf_file and not (path := Path(config.name, config.gguf_file)).is_file():
-        raise UserError(f"model {config.name}: GGUF file {path}: no such file")
-    source = {"pretrained_model_name_or_path": config.name, "local_files_only": local or not _hub_has(config.name)}
-    if config.gguf_file:
-        source["gguf_file"] = config.gguf_file
+def _loading(name: str, gguf_file: str | None) -> Iterator[dict[str, Any]]:
+    """Give the arguments of from_pretrained that say where the model is; silence it, make its errors a UserError."""
+    local = Path(name).is_dir()
+    if local and gguf_file and not (path := Path(name, gguf_file)).is_file():
+        raise UserError(f"model {name}: GGUF file {path}: no such file")
+    source = {"pretrained_model_name_or_path": name, "local_files_only": local or not _hub_has(name)}
+    if gguf_file:
+        source["gguf_file"] = gguf_file
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -84,7 +114,7 @@ def _loading(config: ModelConfig) -> Iterator[dict[str, Any]]:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         what = "cannot be read" if local else "neither a local directory nor a hub id that can be loaded here"
         raise UserError(
-            f"model {config.name}: {what} ({_first_line(error)}); expected a hub id (organisation/model) or a local "
+            f"model {name}: {what} ({_first_line(error)}); expected a hub id (organisation/model) or a local "
             "directory that holds config.json, a tokenizer and safetensors or GGUF weights"
         ) from None
     finally:
@@ -108,8 +138,7 @@ def _hub_has(name: str) -> bool:
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     """A model dequantized from GGUF still claims to be quantized, and so refuses to be saved as the float32 it is."""
-    model.hf_quantizer = None
-    model.is_quantized = False
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     for owner, name in ((model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)

@@ -1,19 +1,24 @@
-"""The models of the tests: the small real one that `make setup` fetches, and a tiny random one with its tokenizer."""
+"""The models of the tests: the small real one that `make setup` fetches, and a tiny random one with its tokenizer.
+
+transformers takes seconds to import, and most tests of the losses need no model: it is imported by the fixtures that
+use it, never here.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-import transformers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from opsdl.config import ModelConfig
-from opsdl.models import load_model, load_tokenizer
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+    from opsdl.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,59 +34,50 @@ def model_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def model_config(model_dir: Path) -> ModelConfig:
+    from opsdl.config import ModelConfig
+
     gguf = next(model_dir.glob("*.gguf"), None)
     return ModelConfig(name=str(model_dir), gguf_file=gguf and gguf.name)
 
 
 @pytest.fixture(scope="session")
-def tokenizer(model_config: ModelConfig, pytestconfig: pytest.Config):
+def tokenizer(model_config: ModelConfig, pytestconfig: pytest.Config) -> PreTrainedTokenizerBase:
     """SmolLM2's own tokenizer. Converting it from GGUF takes seconds, so pytest's cache keeps the result."""
+    import transformers
+
+    from opsdl.models import load_tokenizer
+
     if model_config.gguf_file is None:
-        return load_tokenizer(model_config)
+        return load_tokenizer(model_config.name, model_config.gguf_file)
     size = Path(model_config.name, model_config.gguf_file).stat().st_size
     kept = pytestconfig.cache.mkdir("tokenizers") / f"{model_config.gguf_file}-{size}-{transformers.__version__}"
     if not kept.is_dir():
         unfinished = tempfile.mkdtemp(dir=kept.parent)
-        load_tokenizer(model_config).save_pretrained(unfinished)
+        load_tokenizer(model_config.name, model_config.gguf_file).save_pretrained(unfinished)
         os.replace(unfinished, kept)
-    return AutoTokenizer.from_pretrained(kept, local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(kept, local_files_only=True)
 
 
 @pytest.fixture(scope="session")
-def smollm2(model_config: ModelConfig):
+def smollm2(model_config: ModelConfig) -> PreTrainedModel:
     """The real model, float32, on the CPU. Shared by all tests: leave its weights as they are."""
-    return load_model(model_config)
+    from opsdl.models import load_model
 
-
-def make_tiny_model(tokenizer) -> LlamaForCausalLM:
-    """A random two-layer Llama with the vocabulary of `tokenizer`, the same every time."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=2048,
-        initializer_range=0.2,  # the default gives nearly equal logits at this size
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).float().eval()
+    return load_model(model_config.name, model_config.gguf_file)
 
 
 @pytest.fixture
-def tiny_model(tokenizer) -> LlamaForCausalLM:
+def tiny_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    from tests.support.tiny_model import make_tiny_model
+
     return make_tiny_model(tokenizer)
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model_dir(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The tiny model and its tokenizer, saved: a model.name that loads in a moment."""
+    from tests.support.tiny_model import make_tiny_model
+
     path = tmp_path_factory.mktemp("tiny-model")
     make_tiny_model(tokenizer).save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opsdl.config import ModelConfig
 from opsdl.models import context_limit, eos_token_ids, load_model, pick_device
 
 
@@ -22,7 +21,7 @@ def test_the_real_model_is_plain_float32_and_saves_exactly(smollm2, tmp_path):
 
 def test_weights_become_float32(tiny_model, tmp_path):
     tiny_model.bfloat16().save_pretrained(tmp_path)
-    model = load_model(ModelConfig(name=str(tmp_path)))
+    model = load_model(str(tmp_path))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not model.training
 
@@ -31,7 +30,7 @@ def test_pickled_weights_are_refused(tiny_model, tmp_path):
     tiny_model.config.save_pretrained(tmp_path)
     torch.save(tiny_model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot be read"):
-        load_model(ModelConfig(name=str(tmp_path)))
+        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(("configured", "expected"), [(None, [2]), (2, [2]), (7, [2, 7]), ([9, 2, 7], [2, 7, 9])])

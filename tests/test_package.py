@@ -1,5 +1,6 @@
 """The package as users import it: light, lazy, whole, and useful without the optional packages."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -25,10 +26,10 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def python(code: str, blocked: tuple[str, ...] = ()) -> str:
+def python(code: str, blocked: tuple[str, ...] = (), cwd: Path | None = None) -> str:
     """The output of `code` in a new interpreter in which `blocked` packages cannot be imported."""
     program = f"BLOCKED = {blocked!r}\n{BLOCKER}\n{code}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -60,10 +61,25 @@ print(hidden.grad.isfinite().all().item())
     assert python(code, ("transformers", "triton", "omegaconf", "matplotlib", "gguf", "tqdm")).strip() == "True"
 
 
+def test_tests_of_the_losses_start_without_transformers():
+    code = """
+import sys, pytest
+pytest.main(["--collect-only", "-qqq", "-p", "no:cacheprovider", "tests/losses"])
+print("transformers" in sys.modules)
+"""
+    assert python(code, cwd=PACKAGE.parent).splitlines()[-1] == "False"
+
+
 @pytest.mark.parametrize("name", opsdl.__all__)
 def test_public_names_resolve(name):
     assert getattr(opsdl, name) is not None
     assert name in dir(opsdl)
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(Path(opsdl.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert sorted(name.asname for line in block.body for name in line.names) == opsdl.__all__
 
 
 def test_unknown_name_is_an_attribute_error():
@@ -86,7 +102,7 @@ def test_every_folder_with_modules_is_a_package():
     ],
 )
 def test_command_without_its_packages_says_what_to_install(arguments, missing):
-    blocked = ("omegaconf", "transformers", "yaml")
+    blocked = ("omegaconf", "transformers")
     code = f"""
 import sys
 from opsdl.cli.main import main
@@ -103,19 +119,65 @@ def test_info_needs_torch_only():
     assert "loss backend reference" in python(code, ("transformers", "triton", "omegaconf"))
 
 
-def test_builds_without_a_compiler_that_works(tmp_path):
-    """The package is made without its extension, and says so."""
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what setup.py reads, with nothing built."""
     root = PACKAGE.parent
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(root / name, tmp_path)
     for name in ("opsdl", "kernels", "csrc"):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    done = subprocess.run(
+    return tmp_path
+
+
+def build(checkout, **environment):
+    return subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
-        cwd=tmp_path,
-        env={**os.environ, "CC": "false", "CXX": "false"},
+        cwd=checkout,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
+
+
+def test_builds_without_a_compiler_that_works(checkout):
+    """The package is made without its extension, and says so."""
+    done = build(checkout, CC="false", CXX="false")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "the C++ extension was not built" in done.stdout and not list(tmp_path.glob("opsdl/*.so"))
+    assert "installing without the extensions: no C++ compiler that works" in done.stderr
+    assert not list(checkout.glob("opsdl/*.so"))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+def test_a_source_of_ours_that_does_not_compile_is_an_error(checkout):
+    for source in (checkout / "csrc" / "cpu").rglob("*.cpp"):
+        source.write_text("#error broken on purpose\n")
+    done = build(checkout, OPSDL_BUILD_CUDA="0")
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stdout + done.stderr
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path):
+    """A folder with an nvcc that fails, and a driver that reports a GPU."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in (
+        ("nvcc", "echo 'operators.cu(1): error: broken on purpose' >&2; exit 1"),
+        ("nvidia-smi", "exit 0"),
+    ):
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+@pytest.mark.parametrize("gpu", [False, True], ids=["no GPU", "GPU"])
+def test_a_failed_cuda_build_is_an_error_where_a_gpu_is(checkout, fake_nvcc, gpu):
+    for source in (checkout / "csrc").rglob("*.cpp"):
+        source.write_text("")
+    if not gpu:
+        (fake_nvcc / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    done = build(checkout, PATH=f"{fake_nvcc}{os.pathsep}{os.environ['PATH']}", OPSDL_BUILD_CUDA="auto")
+    assert (done.returncode != 0) == gpu, done.stderr[-2000:]
+    assert "csrc/cuda was not compiled: operators.cu(1): error: broken on purpose" in done.stderr

@@ -11,7 +11,12 @@ ROOT = Path(__file__).parents[1]
 
 def test_shared_prefixes_work_uncompiled(tmp_path):
     shutil.copytree(ROOT / "opsdl", tmp_path / "opsdl", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("gpu_evidence", "__pycache__"))
+    shutil.copytree(
+        ROOT / "tests",
+        tmp_path / "tests",
+        ignore=shutil.ignore_patterns("gpu_evidence", "bench", "tools", "__pycache__"),
+    )
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
 
     def run(*command):
@@ -19,7 +24,7 @@ def test_shared_prefixes_work_uncompiled(tmp_path):
 
     where = run("-c", "import opsdl.extension as e; print(e.__file__, e.load())").stdout
     assert where.startswith(str(tmp_path)) and "not built" in where
-    files = ["tests/test_cache.py", "tests/test_attention.py", "tests/test_blocks.py"]
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "not ten_thousand")
+    folders = [f"tests/prefix/{name}" for name in ("attention", "memory", "layouts")]
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, "-k", "not ten_thousand")
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout

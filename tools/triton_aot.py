@@ -1,6 +1,6 @@
 """Compile Triton kernels for GPUs that are not there, and check what the compiler made of them.
 
-    import triton_aot
+    from tools import triton_aot
     built = triton_aot.compile(kernel, {"x": "*bf16", "n": "i32"}, {"BLOCK": 128}, 90, {"num_warps": 8})
     print(built.registers, built.spills, built.shared_bytes, built.opcodes["HGMMA"])
     triton_aot.assert_budget(built, max_registers=200, requires=["HGMMA", "UTMALDG"])

@@ -2,9 +2,8 @@
 //
 // A fork is a node that points at its parent and at how many of the parent's tokens it shares, so it costs the same whatever
 // the length. Sequences only grow, so what is shared never changes; a node that goes on from the middle of a block has that
-// one block copied at its first append. Nodes are counted: a freed sequence, with all of its blocks, lives on while a fork shares
-// its tokens.
-// The same in Python, for where this is not compiled: opsdl/prefix/blocks.py.
+// one block copied at its first append. Nodes are counted: a freed sequence, with all of its blocks, lives on while a fork
+// shares its tokens. The same in Python, for where this is not compiled: opsdl/prefix/memory/blocks.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -17,10 +16,10 @@
 
 namespace {
 
-struct OutOfBlocks : std::runtime_error {
+struct OutOfBlocksError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
-struct FreedSequence : std::runtime_error {
+struct FreedSequenceError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
@@ -58,9 +57,9 @@ class BlockLedger {
       needed += blocks_needed(get(sequences[i]), count);
     }
     if (needed > static_cast<int64_t>(free_.size())) {
-      throw OutOfBlocks("out of blocks: " + std::to_string(needed) + " blocks of " + std::to_string(size_) +
-                        " tokens are needed, " + std::to_string(free_.size()) + " of " + std::to_string(blocks_) +
-                        " are free; free sequences, or give the pool more bytes");
+      throw OutOfBlocksError("out of blocks: " + std::to_string(needed) + " blocks of " + std::to_string(size_) +
+                             " tokens are needed, " + std::to_string(free_.size()) + " of " + std::to_string(blocks_) +
+                             " are free; free sequences, or give the pool more bytes");
     }
     std::vector<int64_t> slots;
     std::vector<std::pair<int64_t, int64_t>> copies;
@@ -107,7 +106,7 @@ class BlockLedger {
 
   Node& get(int64_t sequence) {
     const auto found = nodes_.find(sequence);
-    if (found == nodes_.end() || found->second.freed) throw FreedSequence("the sequence was freed before");
+    if (found == nodes_.end() || found->second.freed) throw FreedSequenceError("the sequence was freed before");
     return found->second;
   }
 
@@ -146,8 +145,8 @@ class BlockLedger {
 
 PYBIND11_MODULE(_blocks, m) {
   namespace py = pybind11;
-  py::register_exception<OutOfBlocks>(m, "OutOfBlocks", PyExc_MemoryError);
-  py::register_exception<FreedSequence>(m, "FreedSequence", PyExc_RuntimeError);
+  py::register_exception<OutOfBlocksError>(m, "OutOfBlocksError", PyExc_MemoryError);
+  py::register_exception<FreedSequenceError>(m, "FreedSequenceError", PyExc_RuntimeError);
   py::class_<BlockLedger>(m, "BlockLedger")
       .def(py::init<int64_t, int64_t>(), py::arg("blocks"), py::arg("block_size"))
       .def("create", &BlockLedger::create)

@@ -1,9 +1,10 @@
-// One token of each of R rows over the same keys: every key and value is read from memory once for up to 64 queries (32 in
+// One token of each of R responses over the same keys: every key and value is read from memory once for up to 64 queries (32 in
 // float32).
 //
-// The query heads that share a head of keys are, for all rows, the queries of one block; a block walks over its share (split)
-// of the keys in tiles, the next tile on its way while this one is used. Partial states of the splits are then merged
-// (merge.cuh). Keys [L, Hkv, D] with any strides of tokens and heads, or pages of a pool [blocks, page_size, Hkv, D].
+// The query heads that share a head of keys are, for all responses, the queries of one thread block, which walks over its share
+// (split) of the keys in tiles, the next tile on its way while this one is used. Partial states of the splits are then merged
+// (merge.cuh). Keys are [L, Hkv, D] with any strides of tokens and heads, or in the blocks of a pool
+// [blocks, block_size, Hkv, D]; where it says block alone, that of a pool is meant.
 #pragma once
 
 #include "platform.cuh"
@@ -12,25 +13,26 @@ namespace opsdl {
 
 struct DecodeArguments {
   const void *query, *key, *value;  // query [R, Hq, D], contiguous
-  const int* table;                 // pages, or null
+  const int* table;                 // blocks, or null
   float *out, *lse;                 // [splits, R, Hq, D], [splits, R, Hq]
-  int R, Hq, Hkv, D, length, page_size, pages, keys_per_split;
-  long long token_stride, head_stride, page_stride;
+  int R, Hq, Hkv, D, length, block_size, blocks, keys_per_split;
+  long long token_stride, head_stride, block_stride;
   float scale;
 };
 
 constexpr int kDecodeThreads = 128;
 
-// Where token t of this block's head begins, in elements.
+// Where token t of this thread block's head begins, in elements.
 __device__ inline long long token_offset(const DecodeArguments& x, int t) {
   const long long head = blockIdx.y * x.head_stride;
   if (!x.table) return head + t * x.token_stride;
-  const int page = x.table[t / x.page_size];
-  if (page < 0 || page >= x.pages) __trap();
-  return head + page * x.page_stride + t % x.page_size * x.token_stride;
+  const int block = x.table[t / x.block_size];
+  if (block < 0 || block >= x.blocks) __trap();
+  return head + block * x.block_stride + t % x.block_size * x.token_stride;
 }
 
-// Queries are numbered row by row, the heads of the group one after the other.
+// Queries are numbered response by response, the heads of the group one after the other. Which row of `query` and `out`
+// holds query q.
 __device__ inline long long query_row(const DecodeArguments& x, int q) {
   const int group = x.Hq / x.Hkv;
   return static_cast<long long>(q / group) * x.Hq + blockIdx.y * group + q % group;
@@ -112,7 +114,7 @@ __device__ void attend_tile(const DecodeArguments& x, const HalfTile<kWidth>& ti
   }
 #pragma unroll
   for (int k = 0; k < Tile::kKeys / 16; ++k) {
-    const float(&s)[4] = scores[2 * k], (&t)[4] = scores[2 * k + 1];
+    const float (&s)[4] = scores[2 * k], (&t)[4] = scores[2 * k + 1];
     const uint32_t a[4] = {pair(T(), s[0], s[1]), pair(T(), s[2], s[3]), pair(T(), t[0], t[1]), pair(T(), t[2], t[3])};
 #pragma unroll
     for (int d = 0; d < kWidth / 16; ++d) {

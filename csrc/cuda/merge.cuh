@@ -1,5 +1,5 @@
-// Partial attention states [S, rows, D] and [S, rows] merged into one, and its backward: a warp a row. An infinite lse is that
-// of a part without keys (some flash kernels write +inf), whatever its out holds.
+// Partial attention states [S, rows, D] and [S, rows] merged into one: a warp a row. An infinite lse is that of a part without
+// keys (some flash kernels write +inf), whatever its out holds.
 #pragma once
 
 #include "platform.cuh"
@@ -14,9 +14,9 @@ __device__ inline long long row_of_warp() {
   return static_cast<long long>(blockIdx.x) * (kMergeThreads / 32) + threadIdx.x / 32;
 }
 
-__global__ void __launch_bounds__(kMergeThreads) merge_states(const float* __restrict__ outs, const float* __restrict__ lses,
-                                                              float* __restrict__ out, float* __restrict__ lse, int S,
-                                                              long long rows, int D) {
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_states(const float* __restrict__ outs, const float* __restrict__ lses, float* __restrict__ out,
+                 float* __restrict__ lse, int S, long long rows, int D) {
   const long long row = row_of_warp();
   const int lane = threadIdx.x % 32;
   if (row >= rows) return;
@@ -37,29 +37,6 @@ __global__ void __launch_bounds__(kMergeThreads) merge_states(const float* __res
       if (w > 0.f) x += w * outs[(s * rows + row) * D + d];
     }
     out[row * D + d] = x;
-  }
-}
-
-// grad_out [rows, D], grad_lse [rows] of the merged state -> those of the parts.
-__global__ void __launch_bounds__(kMergeThreads)
-    merge_states_backward(const float* __restrict__ grad_out, const float* __restrict__ grad_lse,
-                          const float* __restrict__ outs, const float* __restrict__ lses, const float* __restrict__ out,
-                          const float* __restrict__ lse, float* __restrict__ grad_outs, float* __restrict__ grad_lses, int S,
-                          long long rows, int D) {
-  const long long row = row_of_warp();
-  const int lane = threadIdx.x % 32;
-  if (row >= rows) return;
-  for (int s = 0; s < S; ++s) {
-    const long long at = s * rows + row;
-    const float w = part_weight(lses[at], lse[row]);
-    float on_weight = 0.f;
-    for (int d = lane; d < D; d += 32) {
-      const float g = grad_out[row * D + d];
-      grad_outs[at * D + d] = w * g;
-      if (w > 0.f) on_weight += g * (outs[at * D + d] - out[row * D + d]);
-    }
-    for (int apart = 16; apart; apart /= 2) on_weight += __shfl_xor_sync(kWarp, on_weight, apart);
-    if (lane == 0) grad_lses[at] = w > 0.f ? w * (grad_lse[row] + on_weight) : 0.f;
   }
 }
 

@@ -1,5 +1,5 @@
 // What the kernels need of the hardware: asynchronous copies, tensor cores, conversions. In PTX for nvcc; in C++ for the host
-// shim of the tests (tests/gpu_evidence/tools/cuda_shim.h), where the 32 lanes of a warp exchange their operands instead.
+// shim of the tests (tools/cuda_shim.h), where the 32 lanes of a warp exchange their operands instead.
 #pragma once
 
 #include <cstdint>
@@ -68,9 +68,7 @@ __device__ inline uint32_t pair(Fp16, float low, float high) {
 using std::isinf, std::min;
 [[noreturn]] inline void __trap() { throw std::runtime_error("trap"); }
 
-inline void copy_16(void* to, const void* from, bool inside) {
-  inside ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
-}
+inline void copy_16(void* to, const void* from, bool inside) { inside ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); }
 inline void commit_copies() {}
 inline void wait_for_copies() {}
 

@@ -1,7 +1,9 @@
 """Triplets (long context, short context, question): their file format, where they come from, and how a prompt is made.
 
 triplets.py   the dataclass and its JSONL file
-needles.py    needle questions hidden in the real text of haystacks.py, made on the fly
-prepare.py    triplets from raw documents: the model writes the question from a chunk of the document
+tasks/        triplets made on the fly, and how their answers are scored
+extract.py    the short context of a triplet that has none
+prepare.py    triplets from raw documents
 chat.py       a context and a question as the token ids of one user turn
+prompts.py    the stream of prompts that training reads
 """

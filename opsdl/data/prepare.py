@@ -2,9 +2,8 @@
 
 C_L    consecutive paragraphs of a document, up to `long_tokens`
 C_S    a random run of C_L's paragraphs, up to `short_tokens`
-Q      written by the model itself from C_S, so C_S is relevant by construction
+Q      written from C_S, so C_S is relevant by construction; by the model itself with opsdl/training/questions.py
 
-questions = self_questions(model, tokenizer, seed=0)
 write_triplets("triplets.jsonl", prepare(["books/"], tokenizer=tokenizer, long_tokens=4096, short_tokens=512,
                                          questions=questions, per_document=4, seed=0))
 """
@@ -18,30 +17,30 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from opsdl.data.chat import check_length, count_tokens, encode_prompt
+from opsdl.data.chat import count_tokens
 from opsdl.data.triplets import Triplet
 from opsdl.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SUFFIXES = (".txt", ".md")
 TASK = "self-instruct"
-ASK = "Write one question that can be answered from the text above."
-# LongPO, whose pipeline the paper follows, samples its questions this way.
-QUESTION_TEMPERATURE, QUESTION_TOP_P, QUESTION_TOKENS = 0.7, 0.9, 64
 BREAK = "\n\n"  # between paragraphs
 
 
 @dataclass(frozen=True)
 class Document:
+    """The text of a file in paragraphs."""
+
     path: Path
     paragraphs: list[str]
     counts: list[int]  # tokens of each paragraph with its break
 
     def long_runs(self, long_tokens: int, short_tokens: int) -> list[slice]:
-        """The runs of paragraphs that can be a long context: a short one fits inside."""
+        """List the runs of paragraphs that can be a long context: a short one fits inside."""
         return [run for run in _runs(self.counts, long_tokens) if min(self.counts[run]) <= short_tokens]
 
 
@@ -55,15 +54,27 @@ def prepare(
     per_document: int = 1,
     seed: int = 0,
 ) -> Iterator[Triplet]:
-    """Yield triplets of plain-text files, or of the .txt and .md files of directories, in the order given.
+    """Make triplets of documents.
 
-    Each document is drawn from `per_document` times; each draw asks `questions(short_context)` and yields a triplet per
-    question, none if it returns none. Paragraphs are separated by blank lines and stay whole: one longer than
-    `short_tokens` is never in a short context, one longer than `long_tokens` in no context. Lengths are in tokens of
-    the text alone. Draw i depends on the seed and the document (its name and text), not on `per_document`.
+    Paragraphs are separated by blank lines and stay whole: one longer than `short_tokens` is never in a short context,
+    one longer than `long_tokens` in no context. Draw i depends on the seed and the document (its name and text), not on
+    `per_document`.
 
-    Raises UserError, before any question is asked, for a path that does not exist, a directory without documents, and
-    a document that is empty, is not UTF-8, or whose paragraphs all exceed `short_tokens`.
+    Args:
+        paths: plain-text files, and directories, of which the .txt and .md files are taken; in the order given.
+        tokenizer: counts the tokens, which are those of the text alone.
+        long_tokens: tokens of a long context, at most.
+        short_tokens: tokens of a short context, at most.
+        questions: gives questions about a short context, or none.
+        per_document: draws from each document; each asks for questions once.
+        seed: another seed gives other draws.
+
+    Returns:
+        The triplets, one a question, each made when it is asked for.
+
+    Raises:
+        UserError: a path does not exist, a directory has no documents, or a document is empty, is not UTF-8 or has no
+            paragraph of at most `short_tokens`; raised before any question is asked.
     """
     if not 0 < short_tokens <= long_tokens:
         raise UserError(f"prepare: short_tokens {short_tokens}, long_tokens {long_tokens}; expected 0 < short <= long")
@@ -72,37 +83,6 @@ def prepare(
         if not document.long_runs(long_tokens, short_tokens):
             raise UserError(f"document {document.path}: every paragraph exceeds short_tokens {short_tokens}")
     return _triplets(documents, long_tokens, short_tokens, questions, per_document, seed)
-
-
-def self_questions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
-) -> Callable[[str], list[str]]:
-    """The model as its own question writer: a callable from a short context to at most one sampled question.
-
-    The question is the first line of the response that ends in a question mark; without one the list is empty.
-    Calls advance one random generator, so the n-th call of a seed repeats. The callable raises UserError for a short
-    context that does not fit the model.
-    """
-    from opsdl.prefix import generate, prefill  # here: the rest of the data layer runs without a model
-
-    generator = torch.Generator(device=model.device).manual_seed(seed)
-
-    def questions(short_context: str) -> list[str]:
-        ids = encode_prompt(tokenizer, short_context, ASK, "{context}\n\n{question}")
-        check_length(len(ids), QUESTION_TOKENS, model.config.max_position_embeddings, "prepare: a short context")
-        responses = generate(
-            model,
-            prefill(model, torch.tensor(ids, device=model.device)),
-            max_new_tokens=QUESTION_TOKENS,
-            temperature=QUESTION_TEMPERATURE,
-            top_p=QUESTION_TOP_P,
-            eos_token_id=tokenizer.eos_token_id,
-            generator=generator,
-        )
-        text = tokenizer.decode(responses.tokens[0][responses.mask[0]], skip_special_tokens=True)
-        return [line.strip() for line in text.splitlines() if line.strip().endswith("?")][:1]
-
-    return questions
 
 
 def _triplets(

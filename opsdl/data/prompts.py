@@ -3,70 +3,136 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from opsdl.config import RunConfig
+from opsdl.config import DataConfig, build
 from opsdl.data.chat import check_length, encode_prompt
-from opsdl.data.tasks.needles import make_needle
-from opsdl.data.triplets import Triplet, read_triplets
+from opsdl.data.extract import EXTRACTORS
+from opsdl.data.tasks import TASKS, Task, found
+from opsdl.data.triplets import Placed, Triplet, read_triplets
+from opsdl.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SPLIT = "train"  # what the prompts of a task are drawn from
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A triplet as the student and the teacher read it: token ids [P_long] and [P_short]."""
+    """A triplet as the student and the teacher read it: token ids [P_long] and [P_short], int64.
+
+    `task` is what made the triplet; None for one from a file.
+    """
 
     triplet: Triplet
     long_ids: Tensor
     short_ids: Tensor
+    task: Task | None = None
+
+    def score(self, text: str) -> float | None:
+        """Judge a response, from 0 (wrong) to 1 (right); None where nobody knows the answers."""
+        if self.task is not None:
+            return self.task.score(text, self.triplet)
+        return found(text, self.triplet.answers) if self.triplet.answers else None
 
 
-def by_context(prompts: list[Prompt]) -> list[list[Prompt]]:
-    """Consecutive prompts over the same long context, together."""
+def by_context(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """Group consecutive prompts over the same long context."""
     return [list(group) for _, group in groupby(prompts, key=lambda prompt: prompt.triplet.long_context)]
 
 
-def common_beginning(prompts: list[Prompt]) -> Tensor:
-    """The token ids that the long prompts share at their beginning."""
+def common_beginning(prompts: Sequence[Prompt]) -> Tensor:
+    """Cut out the token ids that the long prompts share at their beginning, [P] int64."""
     length = min(len(prompt.long_ids) for prompt in prompts)
-    rows = torch.stack([prompt.long_ids[:length] for prompt in prompts])
-    return rows[0, : int((rows == rows[0]).all(0).cumprod(0).sum())]
+    ids_QP = torch.stack([prompt.long_ids[:length] for prompt in prompts])  # Q prompts
+    return ids_QP[0, : int((ids_QP == ids_QP[0]).all(0).cumprod(0).sum())]
+
+
+def open_source(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Task | list[Placed]:
+    """Open what a config draws its prompts from: the triplets of its file, or else its task.
+
+    Args:
+        data: the keys under `data`.
+        tokenizer: counts the tokens of short contexts that data.extractor finds.
+
+    Raises:
+        UserError: the file, the task's options or the extractor are wrong.
+    """
+    if data.triplets is None:
+        return build(TASKS, data.task, "data")
+    if data.extractor is None:
+        return read_triplets(data.triplets)
+    if data.extractor not in EXTRACTORS:
+        raise UserError(f"config: key data.extractor is {data.extractor!r}; expected one of {', '.join(EXTRACTORS)}")
+    extractor = EXTRACTORS[data.extractor](tokenizer)
+    return read_triplets(
+        data.triplets, lambda long_context, question: extractor.extract(long_context, question, data.extract_tokens)
+    )
 
 
 class Prompts:
-    """Needle questions made on the fly, or the triplets of a file in a new random order each epoch.
+    """The items of a task, or the triplets of a file in a new random order each epoch.
 
-    Raises UserError for anything wrong with a file of triplets, and for a prompt that with its response would not fit
-    the model's context of `limit` tokens: a file is checked here as a whole, a needle question when it is made.
+    Args:
+        source: what `open_source` gives.
+        tokenizer: the model's.
+        template: what the user turn of the chat holds, with {context} and {question}.
+        limit: tokens that the model has positions for; None when it states no limit.
+        max_new_tokens: tokens of a response, at most.
+        device: where the token ids go.
+        seed: draws the items of a task, and the order of a file.
+        prompts_per_step: prompts of one batch.
+
+    Raises:
+        UserError: a prompt would with its response exceed `limit`; a file is checked here as a whole, the item of a
+            task when it is made.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: PreTrainedTokenizerBase, limit: int | None, device: torch.device):
-        self.config, self.tokenizer, self.limit, self.device = config, tokenizer, limit, device
-        path = config.data.triplets
-        self.file = [self._encode(triplet, place) for place, triplet in read_triplets(path)] if path else []
+    def __init__(
+        self,
+        source: Task | list[Placed],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        template: str,
+        limit: int | None,
+        max_new_tokens: int,
+        device: torch.device,
+        seed: int,
+        prompts_per_step: int,
+    ):
+        self.tokenizer, self.template, self.device = tokenizer, template, device
+        self.limit, self.max_new_tokens = limit, max_new_tokens
+        self.seed, self.prompts_per_step = seed, prompts_per_step
+        self.task = None if isinstance(source, list) else source
+        self.file = [self._encode(triplet, place) for place, triplet in source] if isinstance(source, list) else []
 
     def __getitem__(self, index: int) -> Prompt:
-        if self.file:
-            epoch, place = divmod(index, len(self.file))
-            order = list(range(len(self.file)))
-            random.Random(f"{self.config.seed}/{epoch}").shuffle(order)
-            return self.file[order[place]]
-        triplet = make_needle(self.tokenizer, self.config.data.needles, self.config.seed, index)
-        return self._encode(triplet, f"needle question {triplet.id}")
+        """Give prompt `index` of the stream, which has no end."""
+        if self.task is not None:
+            triplet = self.task.item(self.tokenizer, SPLIT, self.seed, index)
+            return self._encode(triplet, f"item {triplet.id}")
+        epoch, place = divmod(index, len(self.file))
+        order = list(range(len(self.file)))
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        return self.file[order[place]]
 
     def batch(self, step: int) -> list[Prompt]:
-        """The prompts of a step."""
-        count = self.config.prompts_per_step
-        return [self[step * count + i] for i in range(count)]
+        """Give the prompts of a step, counted from 0."""
+        start = step * self.prompts_per_step
+        return [self[index] for index in range(start, start + self.prompts_per_step)]
 
     def _encode(self, triplet: Triplet, where: str) -> Prompt:
-        ids = []
-        for name in ("long_context", "short_context"):
-            tokens = encode_prompt(self.tokenizer, getattr(triplet, name), triplet.question, self.config.data.template)
-            check_length(len(tokens), self.config.rollout.max_new_tokens, self.limit, f"{where}, {name}")
-            ids.append(torch.tensor(tokens, device=self.device))
-        return Prompt(triplet, *ids)
+        long_ids, short_ids = (self._ids(triplet, name, where) for name in ("long_context", "short_context"))
+        return Prompt(triplet, long_ids, short_ids, self.task)
+
+    def _ids(self, triplet: Triplet, name: str, where: str) -> Tensor:
+        tokens = encode_prompt(self.tokenizer, getattr(triplet, name), triplet.question, self.template)
+        check_length(len(tokens), self.max_new_tokens, self.limit, f"{where}, {name}")
+        return torch.tensor(tokens, device=self.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from opsdl.files import write_whole
 
 @dataclass(frozen=True)
 class Triplet:
-    """One question with the context the student sees and the excerpt of it that the teacher sees.
+    """One question with the context that the student sees and the excerpt of it that the teacher sees.
 
-    `answers` are the strings a right response contains; empty when nobody knows them (scoring then skips the triplet).
-    `task` names the kind of question, `id` the triplet.
+    `answers` are the strings that a right response contains; empty when nobody knows them (scoring then skips the
+    triplet). `task` names the kind of question, `id` the triplet.
     """
 
     long_context: str
@@ -28,15 +28,27 @@ class Triplet:
     task: str = ""
 
 
-TEXTS = ("long_context", "short_context", "question")  # required, not blank
+Placed = tuple[str, Triplet]  # with its place, "file:line", for messages
+Shorten = Callable[[str, str], str | None]  # a long context and a question -> the short context, None for not found
+
+TEXTS = ("long_context", "question", "short_context")  # required, not blank
 KEYS = tuple(field.name for field in fields(Triplet))
 
 
-def read_triplets(path: str | Path) -> list[tuple[str, Triplet]]:
-    """Read a JSONL file of triplets, each with its place "file:line"; blank lines are skipped.
+def read_triplets(path: str | Path, shorten: Shorten | None = None) -> list[Placed]:
+    """Read a JSONL file of triplets; blank lines are skipped.
 
-    Raises UserError naming the file and the line for broken JSON, a missing, unknown or wrongly typed key, or a blank
-    text; and naming the file when it does not exist, is not UTF-8, or holds no triplet.
+    Args:
+        path: the file.
+        shorten: finds the short context of a line that gives none.
+
+    Returns:
+        The triplets, each with its place "file:line".
+
+    Raises:
+        UserError: names the file and the line for broken JSON, a missing, unknown or wrongly typed key, or a blank
+            text, and for a short context that is not found; names the file when it does not exist, is not UTF-8, or
+            holds no triplet.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,13 +60,18 @@ def read_triplets(path: str | Path) -> list[tuple[str, Triplet]]:
     places = [(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not places:
         raise UserError(f"triplets {path}: empty; expected one JSON object a line")
-    return [(place, _parse(line, place)) for place, line in places]
+    return [(place, _parse(line, place, shorten)) for place, line in places]
 
 
 def write_triplets(path: str | Path, triplets: Iterable[Triplet]) -> None:
     """Write triplets as JSONL. The file appears whole or not at all; an interrupted write leaves the old one.
 
-    Raises UserError when the directory does not exist or cannot be written.
+    Args:
+        path: the file.
+        triplets: what goes into it, one a line.
+
+    Raises:
+        UserError: the directory does not exist or cannot be written.
     """
     path = Path(path)
     text = "".join(json.dumps(asdict(triplet), ensure_ascii=False) + "\n" for triplet in triplets)
@@ -64,7 +81,7 @@ def write_triplets(path: str | Path, triplets: Iterable[Triplet]) -> None:
         raise UserError(f"triplets {path}: cannot write in {path.parent}: {error.strerror}") from None
 
 
-def _parse(line: str, where: str) -> Triplet:
+def _parse(line: str, where: str, shorten: Shorten | None) -> Triplet:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -75,6 +92,8 @@ def _parse(line: str, where: str) -> Triplet:
     if unknown:
         raise UserError(f"{where}: unknown key {unknown[0]!r}; the keys are {', '.join(KEYS)}")
     for key in TEXTS:
+        if key == "short_context" and key not in row:
+            row[key] = _short_context(row["long_context"], row["question"], where, shorten)
         if key not in row:
             raise UserError(f"{where}: key {key!r} is missing")
         if not isinstance(row[key], str) or not row[key].strip():
@@ -86,6 +105,15 @@ def _parse(line: str, where: str) -> Triplet:
     if not isinstance(answers, list) or not all(isinstance(answer, str) and answer for answer in answers):
         raise UserError(f"{where}: key 'answers' is {_shown(answers)}; expected a list of strings that are not empty")
     return Triplet(**(row | {"answers": tuple(answers)}))
+
+
+def _short_context(long_context: str, question: str, where: str, shorten: Shorten | None) -> str:
+    if shorten is None:
+        raise UserError(f"{where}: key 'short_context' is missing; expected it, or a data.extractor that finds it")
+    short_context = shorten(long_context, question)
+    if short_context is None:
+        raise UserError(f"{where}: key 'short_context' is missing, and data.extractor finds nothing for the question")
+    return short_context
 
 
 def _shown(value: Any) -> str:

@@ -1,9 +1,8 @@
-"""Scores of answers and their 95 % intervals, written out by hand: each is a line or two of arithmetic."""
+"""The 95 % intervals of mean scores and of their differences: each is a line or two of arithmetic."""
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ Z95 = statistics.NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A mean score, or a difference of two, with its 95 % interval over `count` items. As fractions: 0.25, not 25."""
+    """A mean score, or a difference of two, with its 95 % interval over `count` items; in fractions: 0.25, not 25."""
 
     mean: float
     low: float
@@ -21,23 +20,18 @@ class Accuracy:
     count: int
 
 
-def found(text: str, answers: Sequence[str]) -> float:
-    """Fraction of `answers` that `text` contains, in [0, 1]: RULER's string_match_all, case-insensitive.
-
-    An answer that begins or ends with a digit must not continue as a longer run of digits in the text:
-    "123" is in "it is 123." and not in "51234". Raises ValueError when there are no answers to look for.
-    """
-    if not answers:
-        raise ValueError("found: no answers to look for")
-    return statistics.fmean(bool(_pattern(answer).search(text)) for answer in answers)
-
-
 def accuracy(scores: Sequence[float]) -> Accuracy:
-    """Mean of `scores` (each in [0, 1]) with its Wilson score interval.
+    """Compute the mean of scores with its Wilson score interval.
 
     A fractional score (two of four values found) has no binomial distribution; the mean is then treated as the
     proportion. A score confined to [0, 1] varies at most as much as a 0/1 score of the same mean, so the interval
-    errs on the wide side. Raises ValueError without scores.
+    errs on the wide side.
+
+    Args:
+        scores: each in [0, 1].
+
+    Raises:
+        ValueError: there are no scores.
     """
     if not scores:
         raise ValueError("accuracy: no scores")
@@ -45,15 +39,23 @@ def accuracy(scores: Sequence[float]) -> Accuracy:
     scale = 1 + Z95**2 / n
     centre = (mean + Z95**2 / (2 * n)) / scale
     half = Z95 * math.sqrt(mean * (1 - mean) / n + Z95**2 / (4 * n**2)) / scale
-    return Accuracy(mean, max(0.0, centre - half), min(1.0, centre + half), n)
+    # At a mean of 0 or 1 an end of the interval is the mean itself, which rounding must not put outside.
+    return Accuracy(mean, min(mean, max(0.0, centre - half)), max(mean, min(1.0, centre + half)), n)
 
 
 def gain(before: Sequence[float], after: Sequence[float]) -> Accuracy:
-    """Mean of after - before over the same items in the same order, with a paired 95 % interval, in [-1, 1].
+    """Compute the mean of after - before over the same items, with a paired 95 % interval, in [-1, 1].
 
-    Newcombe's paired interval (1998, method 8): the Wilson intervals of both means, combined through the correlation of
+    Newcombe's paired interval (1998, method 8) combines the Wilson intervals of both means through the correlation of
     the two scores. Unlike mean +- 1.96 standard errors it keeps a width when every item changed alike, which happens
-    with few items and with accuracies near 0 or 1. Raises ValueError for lists of unequal length or without scores.
+    with few items and with accuracies near 0 or 1.
+
+    Args:
+        before: a score in [0, 1] for each item.
+        after: the same, in the same order.
+
+    Raises:
+        ValueError: the lists are of unequal length or empty.
     """
     if len(before) != len(after):
         raise ValueError(f"gain: {len(before)} scores before, {len(after)} after; expected the same items")
@@ -65,14 +67,8 @@ def gain(before: Sequence[float], after: Sequence[float]) -> Accuracy:
     return Accuracy(mean, max(-1.0, mean - down), min(1.0, mean + up), len(before))
 
 
-def _pattern(answer: str) -> re.Pattern[str]:
-    left = r"(?<!\d)" if answer[:1].isdigit() else ""
-    right = r"(?!\d)" if answer[-1:].isdigit() else ""
-    return re.compile(left + re.escape(answer) + right, re.IGNORECASE)
-
-
 def _correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson correlation; 0 (the wide side) where a constant list or a single item leaves it undefined."""
+    """Compute Pearson's correlation; 0 (the wide side) where a constant list or a single item leaves it undefined."""
     try:
         return statistics.correlation(x, y)
     except statistics.StatisticsError:
@@ -80,5 +76,6 @@ def _correlation(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def _difference_norm(a: float, b: float, correlation: float) -> float:
-    """Half-width of a difference whose terms have half-widths a and b. Rounding must not take the root below 0."""
+    """Compute the half-width of a difference whose terms have half-widths a and b."""
+    # Rounding must not take the root below 0.
     return math.sqrt(max(0.0, a * a + b * b - 2 * correlation * a * b))

@@ -1,13 +1,15 @@
-"""Checks of the losses' arguments, and the one flat form all backends work on."""
+"""Checks of the losses' arguments: every message names the argument, what it is, and what was expected."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from opsdl.losses.backends import check_backend
+
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError naming the argument unless [..., H], [V, H], [V] fit together."""
+    """Raise ValueError unless [..., H], [V, H], [V] fit together."""
     if hidden.ndim < 1 or not hidden.is_floating_point():
         raise ValueError(f"{name}_hidden: {hidden.dtype} {tuple(hidden.shape)}; expected floating point [..., H]")
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -27,6 +29,7 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def check_device(name: str, x: Tensor, hidden: Tensor) -> None:
+    """Raise ValueError unless x is where the hidden states are."""
     if x.device != hidden.device:
         raise ValueError(f"{name}: on {x.device}; expected {hidden.device}, where the hidden states are")
 
@@ -38,7 +41,7 @@ def check_pair(
     teacher_weight: Tensor,
     vocab_size: int | None,
 ) -> None:
-    """Raises ValueError unless the teacher scores the same tokens over the same vocabulary."""
+    """Raise ValueError unless the teacher scores the same tokens over the same vocabulary."""
     if teacher_hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"teacher_hidden: {tuple(teacher_hidden.shape)}; expected {tuple(student_hidden.shape[:-1])} tokens, as in"
@@ -53,6 +56,7 @@ def check_pair(
 
 
 def check_vocab_size(vocab_size: int | None, weight: Tensor, name: str, vocab_group: object | None) -> None:
+    """Raise ValueError unless the head of that name has so many entries, and no other rank has more of them."""
     if vocab_size is None:
         return
     if vocab_group is not None:
@@ -61,14 +65,37 @@ def check_vocab_size(vocab_size: int | None, weight: Tensor, name: str, vocab_gr
         raise ValueError(f"vocab_size: {vocab_size}; expected 1 to {weight.shape[0]}, the rows of {name}")
 
 
-def check_scalars(temperature: float, softcap: float | None) -> None:
+def check_options(
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    beta: float = 1.0,
+    clip: float | None = None,
+    baseline: str | None = None,
+    reduction: str = "mean",
+    skip_tolerance: float | str | None = None,
+    backend: str = "auto",
+    **_: object,
+) -> None:
+    """Raise ValueError for an option that no tensors could make right; the others are ignored."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: {temperature}; expected a positive number")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap: {softcap}; expected None or a positive number")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: {beta}; expected 0 (forward KL) to 1 (reverse KL)")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: {clip}; expected None or a positive number of nats")
+    if baseline not in (None, "kl"):
+        raise ValueError(f"baseline: {baseline!r}; expected None or 'kl'")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: {reduction!r}; expected 'mean', 'sum' or 'none'")
+    skip_limit(skip_tolerance, torch.float32)
+    check_backend(backend)
 
 
 def check_tokens(tokens: Tensor, hidden: Tensor) -> None:
+    """Raise ValueError unless there is an int64 token for each hidden state."""
     leading = hidden.shape[:-1]
     if tokens.shape != leading or tokens.dtype != torch.int64:
         raise ValueError(f"tokens: {tokens.dtype} {tuple(tokens.shape)}; expected int64 {tuple(leading)}")
@@ -76,22 +103,21 @@ def check_tokens(tokens: Tensor, hidden: Tensor) -> None:
 
 
 def check_token_values(tokens_N: Tensor, scale_N: Tensor, vocabulary: int) -> None:
-    """Of all tokens but the masked ones. Reads them, so it stands where the loss is computed, not where it is
-    traced."""
+    """Raise ValueError unless every token that is not masked is an entry of the vocabulary.
+
+    This reads the tokens, so it stands where the loss is computed, not where it is traced.
+    """
     tokens_N = tokens_N[scale_N != 0]
     if tokens_N.numel() and not (0 <= int(tokens_N.min()) and int(tokens_N.max()) < vocabulary):
         raise ValueError(f"tokens: from {int(tokens_N.min())} to {int(tokens_N.max())}; expected 0 to {vocabulary - 1}")
 
 
-def check_divergence(beta: float, clip: float | None) -> None:
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta: {beta}; expected 0 (forward KL) to 1 (reverse KL)")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: {clip}; expected None or a positive number of nats")
-
-
 def skip_limit(value: float | str | None, dtype: torch.dtype) -> float:
-    """Relative error allowed in the gradient for the logits."""
+    """Return the relative error allowed in the gradient for the logits.
+
+    Raises:
+        ValueError: The value is neither None nor "auto" nor in [0, 1).
+    """
     if value == "auto":
         return torch.finfo(dtype).eps / 20  # measured on real hidden states by bench/skipping.py
     if value is None:
@@ -102,20 +128,15 @@ def skip_limit(value: float | str | None, dtype: torch.dtype) -> float:
 
 
 def token_scale(
-    hidden: Tensor,
-    mask: Tensor | None,
-    token_weights: Tensor | None,
-    reduction: str,
-    products: torch.dtype,
+    hidden: Tensor, mask: Tensor | None, token_weights: Tensor | None, reduction: str, products: torch.dtype
 ) -> Tensor:
-    """[N] factor of each token of hidden [..., H] in the reduced loss; for "none", of each token's own value.
+    """Return the factor of each token of hidden [..., H] in the reduced loss, [N]; for "none", of its own value.
 
-    Raises ValueError for an unknown reduction, and for a mask or weights that are not bool / floating point of the
-    leading shape, on the device of the hidden states.
+    Raises:
+        ValueError: The mask or the weights are not bool / floating point of the leading shape, on the device of the
+            hidden states.
     """
     leading = hidden.shape[:-1]
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: {reduction!r}; expected 'mean', 'sum' or 'none'")
     if mask is not None and (mask.shape != leading or mask.dtype != torch.bool):
         raise ValueError(f"mask: {mask.dtype} {tuple(mask.shape)}; expected torch.bool {tuple(leading)}")
     if token_weights is not None and (token_weights.shape != leading or not token_weights.is_floating_point()):

@@ -1,134 +1,149 @@
-"""One call of a loss as every backend takes it: flat, detached, in the dtype of its matrix products."""
+"""One call of a loss: what the public functions make of their arguments, and all that operators and engines read.
+
+The fields of `Call` are the arguments of the operators in torch.ops.opsdl, whose schema follows from their types.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opsdl.losses.shards import Shards
+from opsdl.losses.teacher import Head, OwnHead, SharedHead
+from opsdl.losses.values import Value, statistic_names
 
-NEAR_BYTES = 32 << 20  # that SharedHead.near takes
+
+class Wanted(NamedTuple):
+    """Which gradients a call computes."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
-class Head(NamedTuple):
-    """The map from hidden states to logits: softcap * tanh((hidden weight^T + bias) / softcap) / temperature."""
+class Gradients(NamedTuple):
+    """The gradients of a call, None where one is not wanted."""
 
-    weight: Tensor  # [V, H], any floating dtype; products take it in the dtype of the hidden states
+    hidden: Tensor | None  # [N, H]
+    weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a loss with checked arguments, flat, hidden states in the dtype of the matrix products.
+
+    V is the number of this rank's vocabulary entries, padding included.
+    """
+
+    hidden_NH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None
+    teacher_hidden_NK: Tensor | None  # None where the value needs no teacher
+    teacher_weight_VK: Tensor | None  # None where the teacher uses the student's head, with its bias
+    teacher_bias_V: Tensor | None
+    tokens_N: Tensor | None  # the sampled ones
+    scale_N: Tensor  # the factor of each token's value in the reduced loss; 0 where it is masked
+    value: Value
     temperature: float
     softcap: float | None
+    beta: float
+    clip: float | None
+    skip_tolerance: float  # relative; 0 is exact
+    vocab_size: int  # entries of this rank that are no padding
+    group: str  # name of the process group over which the vocabulary is sharded, or ""
+    backend: str
+    wanted: Wanted
+    yielded: bool = True  # nobody else holds the gradients that the operator returns: its backward may overwrite them
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return the arguments of the operators."""
+        given = [getattr(self, name) for name in FIELDS]
+        return tuple(x.value if isinstance(x, Value) else list(x) if isinstance(x, Wanted) else x for x in given)
+
+    @classmethod
+    def unflat(cls, arguments: Iterable[Any]) -> Call:
+        """Return the call that `flat` gave the arguments of."""
+        named = dict(zip(FIELDS, arguments, strict=True))
+        return cls(**(named | {"value": Value(named["value"]), "wanted": Wanted(*named["wanted"])}))
+
+    @property
+    def differentiable(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The tensors that get a gradient, in the order of `Wanted` and `Gradients`: the first fields."""
+        return self.hidden_NH, self.weight_VH, self.bias_V
+
+    @cached_property
+    def head(self) -> Head:
+        """The student's head without its padding."""
+        return self._head(self.weight_VH, self.bias_V)
+
+    @cached_property
+    def second(self) -> SharedHead | OwnHead | None:
+        """Where the teacher's part in every tile comes from; None without a teacher."""
+        if self.teacher_hidden_NK is None:
+            return None
+        if self.teacher_weight_VK is None:
+            return SharedHead(self.hidden_NH, self.teacher_hidden_NK, self.head)
+        return OwnHead(self.teacher_hidden_NK, self._head(self.teacher_weight_VK, self.teacher_bias_V))
+
+    def _head(self, weight_VH: Tensor, bias_V: Tensor | None) -> Head:
+        entries = slice(self.vocab_size)
+        return Head(weight_VH[entries], None if bias_V is None else bias_V[entries], self.temperature, self.softcap)
+
+    @cached_property
+    def shards(self) -> Shards:
+        """Where this rank's entries lie in the vocabulary. Every rank takes part in finding out, once a call."""
+        group = None
+        if self.group:
+            name = cast("dist.distributed_c10d.GroupName", self.group)
+            group = dist.distributed_c10d._resolve_process_group(name)
+        return Shards.of(self.vocab_size, group, self.hidden_NH.device)
+
+    @property
+    def padding(self) -> int:
+        """Entries of the student's head after the vocabulary: they have no logits, and zero gradient."""
+        return self.weight_VH.shape[0] - self.vocab_size
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of everything that is no operand of a matrix product."""
+        return torch.float64 if self.hidden_NH.dtype == torch.float64 else torch.float32
+
+    @property
+    def grad_dtypes(self) -> list[torch.dtype]:
+        """`kept` of the dtypes of dHidden, dWeight and dBias."""
+        hidden, weight, bias = self.differentiable
+        return [kept(x.dtype) for x in (hidden, weight, weight if bias is None else bias)]
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The names of the statistics that the call reports, in order."""
+        return statistic_names(self.value, self.tokens_N is not None, self.skip_tolerance > 0)
+
+    def local_tokens(self, index_n: Tensor) -> Tensor | None:
+        """Return the entry of this rank's head that each token is; outside the head where another rank has it."""
+        return None if self.tokens_N is None else self.tokens_N[index_n] - self.shards.start
 
 
-class Second(NamedTuple):
-    """The second product of some tokens: where `difference_n`, the gap of the raw logits; elsewhere the teacher's."""
+FIELDS = tuple(field.name for field in fields(Call))
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?", int: "int", bool: "bool",
+    str: "str", Value: "str", Wanted: "bool[]",
+}  # fmt: skip
 
-    hidden_nK: Tensor
-    low_nK: Tensor | None  # what bf16 or fp16 left of a difference; its product is added
-    weight_VK: Tensor
-    bias_V: Tensor | None  # for rows that are no difference
-    difference_n: Tensor  # bool
+
+def schema() -> str:
+    """Return the arguments of an operator that takes a call, in torch's notation."""
+    hints = get_type_hints(Call)
+    return ", ".join(f"{_SCHEMA_TYPES[hints[name]]} {name}" for name in FIELDS)
 
 
 def kept(dtype: torch.dtype) -> torch.dtype:
     """dtype in which a gradient waits for the factor that the backward brings: float16 might have lost it by then."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What to compute. kind: "kl", "policy", "policy with kl baseline" or "log_prob"."""
-
-    kind: str
-    hidden_NH: Tensor
-    head: Head
-    second: SharedHead | OwnHead | None  # None for "log_prob"
-    tokens_N: Tensor | None
-    beta: float
-    clip: float | None
-    skip_tolerance: float
-    shards: Shards
-    padding: int  # rows of the student's head after the vocabulary: no logits, zero gradient
-
-    @property
-    def wide(self) -> torch.dtype:
-        """dtype of everything that is no operand of a matrix product."""
-        return torch.float64 if self.hidden_NH.dtype == torch.float64 else torch.float32
-
-    @property
-    def grad_dtypes(self) -> list[torch.dtype]:
-        """Of dHidden, dWeight and dBias: kept(dtype) of each."""
-        bias = self.head.bias if self.head.bias is not None else self.head.weight
-        return [kept(x.dtype) for x in (self.hidden_NH, self.head.weight, bias)]
-
-    def local_tokens(self, tokens_n: Tensor) -> Tensor | None:
-        """Row of this rank's head for each position's sampled token; outside the head where another rank has it."""
-        return None if self.tokens_N is None else self.tokens_N[tokens_n] - self.shards.start
-
-
-@dataclass(frozen=True)
-class SharedHead:
-    """Student and teacher have one head: the second product is (h_s - h_t) W^T, exact however close the two are.
-
-    A difference of two bf16 numbers takes a second bf16 number to hold, unless they are within a factor of two. Close
-    rows get both numbers where they need both. Rows 1/32 and more apart take the teacher's own logits instead, for the
-    price of one product: there the subtraction of float32 logits leaves a relative error of about 1e-5.
-    """
-
-    student_NH: Tensor
-    teacher_NH: Tensor
-    head: Head
-
-    @property
-    def size(self) -> int:
-        return self.teacher_NH.shape[1]
-
-    def rows(self, tokens_n: Tensor) -> Second:
-        student_nH, teacher_nH = self.student_NH[tokens_n], self.teacher_NH[tokens_n]
-        dtype, head = student_nH.dtype, self.head
-        if dtype in (torch.float32, torch.float64):
-            everywhere = torch.ones_like(tokens_n, dtype=torch.bool)
-            return Second(student_nH - teacher_nH, None, head.weight, None, everywhere)
-        exact_nH = student_nH.float() - teacher_nH.float()
-        high_nH = exact_nH.to(dtype)
-        left_nH = exact_nH - high_nH.float()
-        near_n = _near(student_nH, exact_nH, left_nH)
-        low_nH = torch.where((near_n == 2)[:, None], left_nH, 0.0).to(dtype)
-        hidden_nH = torch.where((near_n > 0)[:, None], high_nH, teacher_nH)
-        return Second(hidden_nH, low_nH, head.weight, head.bias, near_n > 0)
-
-    def near(self, tokens_n: Tensor) -> Tensor:
-        """[n] int8: 0 where `rows` takes the teacher's logits, 1 where a difference, 2 where one with a low part."""
-        if self.student_NH.dtype in (torch.float32, torch.float64):
-            return torch.ones_like(tokens_n, dtype=torch.int8)
-        near_n = torch.empty_like(tokens_n, dtype=torch.int8)
-        some = max(1, NEAR_BYTES // (16 * self.size))  # at once: four float32 numbers of each hidden unit
-        for part_n, out_n in zip(tokens_n.split(some), near_n.split(some), strict=True):
-            student_nH, teacher_nH = self.student_NH[part_n], self.teacher_NH[part_n]
-            exact_nH = student_nH.float() - teacher_nH.float()
-            out_n.copy_(_near(student_nH, exact_nH, exact_nH - exact_nH.to(student_nH.dtype).float()))
-        return near_n
-
-
-def _near(student_nH: Tensor, exact_nH: Tensor, left_nH: Tensor) -> Tensor:
-    size_n = torch.linalg.vector_norm(exact_nH, dim=-1)
-    difference_n = size_n < torch.linalg.vector_norm(student_nH, dim=-1, dtype=torch.float32) / 32
-    return difference_n.to(torch.int8) * (1 + (torch.linalg.vector_norm(left_nH, dim=-1) > size_n * 2**-16))
-
-
-@dataclass(frozen=True)
-class OwnHead:
-    """The teacher has a head of its own: the second product is its raw logits."""
-
-    teacher_NK: Tensor
-    head: Head
-
-    @property
-    def size(self) -> int:
-        return self.teacher_NK.shape[1]
-
-    def rows(self, tokens_n: Tensor) -> Second:
-        nowhere = torch.zeros_like(tokens_n, dtype=torch.bool)
-        return Second(self.teacher_NK[tokens_n], None, self.head.weight, self.head.bias, nowhere)

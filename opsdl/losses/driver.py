@@ -11,73 +11,82 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsdl.losses import moments, values
-from opsdl.losses.call import Problem
-from opsdl.losses.engines.cpu import CpuEngine
-from opsdl.losses.engines.torch import TorchEngine
-from opsdl.losses.engines.triton import TritonEngine
+from opsdl.losses import engines, moments, values
+from opsdl.losses.call import Call, Gradients
+from opsdl.losses.engine import Engine, MixingEngine
 from opsdl.losses.shards import Shards
-
-Engine = TorchEngine | CpuEngine | TritonEngine
-ENGINES = {"torch": TorchEngine, "cpu": CpuEngine, "triton": TritonEngine}
 
 
 class Result(NamedTuple):
+    """What a call gives."""
+
     values_N: Tensor
-    stats_SN: Tensor  # rows as in values.names
-    grad_hidden: Tensor | None  # [N, H]; dtypes as in Problem.grad_dtypes
-    grad_weight: Tensor | None  # [V, H]
-    grad_bias: Tensor | None  # [V]
+    stats_SN: Tensor  # in the order of Call.statistics
+    gradients: Gradients  # of sum(values * scale), in Call.grad_dtypes
 
 
-def run(problem: Problem, scale_N: Tensor, wanted: tuple[bool, bool, bool], backend: str) -> Result:
-    """Values of all tokens, and the wanted gradients of sum(values * scale) for hidden, weight and bias.
+def run(call: Call) -> Result:
+    """Compute the values of all tokens, and the wanted gradients of sum(values * scale).
 
     Tokens of scale 0 (masked) are left out of every product, so they may hold anything; their values are 0.
     """
-    active_n = scale_N.nonzero().squeeze(1)
-    engine = ENGINES[backend](problem, wanted, len(active_n))
-    names = values.names(problem.kind, problem.tokens_N is not None, problem.skip_tolerance > 0)
-    values_N, stats_SN = torch.zeros_like(scale_N), scale_N.new_zeros(len(names), len(scale_N))
-    for tokens_n in _blocks(active_n, engine):
-        stats, picked_3n = _statistics(engine, tokens_n, problem.shards)
-        divergence_n = None if problem.beta == 1 else engine.mix(problem.beta, stats)
-        value_n, factors = values.finish(problem.kind, problem.clip, stats, picked_3n, divergence_n)
-        if any(wanted):
-            engine.prepare(stats, factors.scaled(scale_N[tokens_n]))
-            kept_kn = None
-            if problem.skip_tolerance > 0:
-                kept_kn = _keep(engine.energy(), problem.skip_tolerance, problem.shards)
-                stats["skipped"] = 1 - problem.shards.mean(kept_kn.to(value_n.dtype).mean(0))
-            engine.accumulate(kept_kn)
-        values_N[tokens_n] = value_n
-        for row, name in enumerate(names):
+    active_n = call.scale_N.nonzero().squeeze(1)
+    engine = engines.make(call, len(active_n))
+    values_N = torch.zeros_like(call.scale_N)
+    stats_SN = values_N.new_zeros(len(call.statistics), len(values_N))
+    for index_n in _blocks(active_n, engine):
+        value_n, stats = _block(call, engine, index_n)
+        values_N[index_n] = value_n
+        for place, name in enumerate(call.statistics):
             if name in stats:
-                stats_SN[row, tokens_n] = stats[name]
-    grad_hidden, grad_weight, grad_bias = engine.gradients()
-    hidden_dtype, weight_dtype, bias_dtype = problem.grad_dtypes
-    if wanted[0]:
-        grad_hidden = problem.shards.sum(grad_hidden).to(hidden_dtype)
-    if wanted[1]:
-        grad_weight = _narrow(grad_weight, weight_dtype)
-    if wanted[2]:
-        grad_bias = grad_bias.to(bias_dtype)
-    return Result(values_N, stats_SN, grad_hidden, grad_weight, grad_bias)
+                stats_SN[place, index_n] = stats[name]
+    return Result(values_N, stats_SN, _finished(call, engine.gradients()))
 
 
-def _blocks(tokens_n: Tensor, engine: Engine) -> tuple[Tensor, ...]:
-    """Blocks of nearly equal size, none larger than the engine's, in whole panels of its own."""
-    if not len(tokens_n):
+def _blocks(index_n: Tensor, engine: Engine) -> tuple[Tensor, ...]:
+    """Cut into blocks of nearly equal size, none larger than the engine's, in whole panels of its own."""
+    if not len(index_n):
         return ()
-    count = -(-len(tokens_n) // engine.block)
-    return tokens_n.split(-(-len(tokens_n) // (count * engine.panel)) * engine.panel)
+    count = -(-len(index_n) // engine.block)
+    return index_n.split(-(-len(index_n) // (count * engine.panel)) * engine.panel)
 
 
-def _statistics(engine: Engine, tokens_n: Tensor, shards: Shards) -> tuple[dict[str, Tensor], Tensor]:
-    """Statistics of the whole vocabulary, and what was picked from it; the moments of its parts end here."""
-    parts_7Kn, picked_3n = engine.moments(tokens_n)
-    whole_7n = moments.merge(shards.gather(moments.merge(parts_7Kn)))
+def _block(call: Call, engine: Engine, index_n: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the values and statistics of one block; its gradients go to the engine's sums."""
+    stats, picked_3n = _statistics(engine, index_n, call.shards)
+    value_n, factors = values.finish(call.value, call.clip, stats, picked_3n, _divergence(call, engine, stats))
+    if any(call.wanted):
+        engine.prepare(stats, factors.scaled(call.scale_N[index_n]))
+        kept_sn = None
+        if call.skip_tolerance > 0:
+            kept_sn = _keep(engine.energy(), call.skip_tolerance, call.shards)
+            stats["skipped"] = 1 - call.shards.mean(kept_sn.to(value_n.dtype).mean(0))
+        engine.accumulate(kept_sn)
+    return value_n, stats
+
+
+def _statistics(engine: Engine, index_n: Tensor, shards: Shards) -> tuple[dict[str, Tensor], Tensor]:
+    """Return statistics of the whole vocabulary, and what was picked from it; the moments of its parts end here."""
+    parts_7kn, picked_3n = engine.moments(index_n)
+    whole_7n = moments.merge(shards.gather(moments.merge(parts_7kn)))
     return moments.statistics(whole_7n), shards.sum(picked_3n)
+
+
+def _divergence(call: Call, engine: Engine, stats: dict[str, Tensor]) -> Tensor | None:
+    if call.beta == 1:
+        return None
+    assert isinstance(engine, MixingEngine), f"backend {call.backend!r} has no divergence of beta {call.beta}"
+    return engine.mix(call.beta, stats)
+
+
+def _finished(call: Call, gradients: Gradients) -> Gradients:
+    """Add up dHidden over the ranks; bring every gradient into the dtype in which it waits for the backward."""
+    hidden_dtype, weight_dtype, bias_dtype = call.grad_dtypes
+    return Gradients(
+        None if gradients.hidden is None else call.shards.sum(gradients.hidden).to(hidden_dtype),
+        None if gradients.weight is None else _narrow(gradients.weight, weight_dtype),
+        None if gradients.bias is None else gradients.bias.to(bias_dtype),
+    )
 
 
 def _narrow(wide_VH: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,13 +103,14 @@ def _narrow(wide_VH: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.view(wide_VH.shape)
 
 
-def _keep(energy_kn: Tensor, tolerance: float, shards: Shards) -> Tensor:
-    """[K, n] bool: False for parts of tokens that together hold at most tolerance^2 of the gradient's squared norm.
+def _keep(energy_sn: Tensor, tolerance: float, shards: Shards) -> Tensor:
+    """Return [s, n] bool: False for parts of tokens that together hold at most tolerance^2 of the squared norm.
 
-    A threshold from a histogram over the leading bits of the energies: within 1/16 of the best there is, in one pass.
+    The threshold comes from a histogram over the leading bits of the energies: within 1/16 of the best there is, in one
+    pass.
     """
-    energy_kn = energy_kn.float().nan_to_num().clamp(min=0.0)
-    bin_kn = energy_kn.contiguous().view(torch.int32) >> 19  # the exponent and 4 bits
-    histogram = shards.sum(torch.bincount(bin_kn.flatten(), energy_kn.flatten().double(), minlength=1 << 12))
+    energy_sn = energy_sn.float().nan_to_num().clamp(min=0.0)
+    bin_sn = energy_sn.contiguous().view(torch.int32) >> 19  # the exponent and 4 bits
+    histogram = shards.sum(torch.bincount(bin_sn.flatten(), energy_sn.flatten().double(), minlength=1 << 12))
     below = histogram.cumsum(0) <= tolerance**2 * histogram.sum()
-    return ~below[bin_kn.long()]
+    return ~below[bin_sn.long()]

@@ -13,8 +13,8 @@ the teacher's logit, and counts for the teacher only:
     TEACHER_SUM    sum exp(z - gap - TEACHER_MAX)
 
 Parts merge into one of the same form, on one device or over a process group, and the KL is log1p(SPREAD) of the whole:
-with c = gap - sum_v p gap, KL = log sum_v p exp(-c) = log1p(sum_v p rho(-c)) (design, "Losses"). Nothing cancels: every
-term is >= 0 and small where c is, so KL keeps its relative accuracy at 1e-7 and below, where
+with c = gap - sum_v p gap, KL = log sum_v p exp(-c) = log1p(sum_v p rho(-c)) (docs/design.md, "Losses"). Nothing
+cancels: every term is >= 0 and small where c is, so KL keeps its relative accuracy at 1e-7 and below, where
 sum_v p gap - lse_s + lse_t has no digits left.
 """
 
@@ -27,7 +27,7 @@ MAX, SUM, OFFSET, GAP, SPREAD, TEACHER_MAX, TEACHER_SUM = range(7)
 
 
 def expm1_residual(x: Tensor) -> Tensor:
-    """rho(x) = exp(x) - 1 - x >= 0 with full relative accuracy."""
+    """Return rho(x) = exp(x) - 1 - x >= 0 with full relative accuracy."""
     # Below 0.5 expm1(x) - x loses digits; there the Taylor series, as nested products, converges fast.
     series = torch.ones_like(x)
     for n in range(18 if x.dtype == torch.float64 else 10, 2, -1):
@@ -36,7 +36,7 @@ def expm1_residual(x: Tensor) -> Tensor:
 
 
 def measure(z_nV: Tensor, gap_nV: Tensor) -> Tensor:
-    """The moments [7, n] of one part, from its logits: what every kernel computes, written in torch."""
+    """Return the moments [7, n] of one part, from its logits: what every kernel computes, written in torch."""
     present = z_nV > -torch.inf
     teacher_nV = torch.where(present, z_nV, 0.0) - gap_nV
     gap_nV = torch.where(present, gap_nV, 0.0)
@@ -53,9 +53,9 @@ def measure(z_nV: Tensor, gap_nV: Tensor) -> Tensor:
     return torch.stack([max_n1[:, 0], sum_n, offset_n, gap_n, spread_n, teacher_max_n1[:, 0], teacher_sum_n])
 
 
-def merge(parts_7Kn: Tensor) -> Tensor:
-    """The moments [7, n] of the union of K parts [7, K, n]."""
-    tops, sums, offsets, gaps, spreads, teacher_tops, teacher_sums = parts_7Kn
+def merge(parts_7kn: Tensor) -> Tensor:
+    """Return the moments [7, n] of the union of k parts [7, k, n]."""
+    tops, sums, offsets, gaps, spreads, teacher_tops, teacher_sums = parts_7kn
     top, teacher_top = tops.amax(0), teacher_tops.amax(0)
     scaled = torch.where(tops > -torch.inf, sums * (tops - top).exp(), 0.0)
     total = scaled.sum(0)
@@ -73,25 +73,25 @@ def merge(parts_7Kn: Tensor) -> Tensor:
 
 
 def statistics(moments_7n: Tensor) -> dict[str, Tensor]:
-    """kl, student_lse, teacher_lse, entropy (of the student, nats) and mean_gap of each token [n].
+    """Return kl, student_lse, teacher_lse, entropy (of the student) and mean_gap of each token [n], in nats.
 
-    And what log probabilities are made of without rounding to the size of the logits: log p = (z - top) - log_sum, of
-    the teacher (z - gap - teacher_top) - teacher_log_sum, and lse_difference, student minus teacher.
+    With them comes what log probabilities are made of without rounding to the size of the logits: log p = (z - top) -
+    log_sum, of the teacher (z - gap - teacher_top) - teacher_log_sum, and lse_difference, student minus teacher.
     """
     top, total, offset, gap, spread, teacher_top, teacher_total = moments_7n
     log_sum, teacher_log_sum = total.log(), teacher_total.log()
     student_lse = top + log_sum
     far_difference = (top - teacher_top) + (log_sum - teacher_log_sum)
-    near, far = torch.log1p(spread), gap - far_difference
+    by_spread, by_lses = torch.log1p(spread), gap - far_difference
     # Far apart exp(-c) overflows, and what the teacher favours may have no mass left under the student: there the plain
     # logsumexp form is the accurate one, and differs from the other by more than its own rounding (at most 0.5 of this
     # measure over vocabularies up to 151936 and logits up to 1000).
     rounding = torch.finfo(gap.dtype).eps * (
         1 + sum(x.abs() for x in (gap, top, teacher_top, log_sum, teacher_log_sum))
     )
-    is_near = (near < 1) & ((far - near).abs() <= 4 * rounding)
-    kl = torch.where(is_near, near, far.clamp(min=0))
-    lse_difference = torch.where(is_near, gap - kl, far_difference)  # from KL = mean gap - lse_s + lse_t
+    is_close = (by_spread < 1) & ((by_lses - by_spread).abs() <= 4 * rounding)
+    kl = torch.where(is_close, by_spread, by_lses.clamp(min=0))
+    lse_difference = torch.where(is_close, gap - kl, far_difference)  # from KL = mean gap - lse_s + lse_t
     return {
         "top": top,
         "log_sum": log_sum,

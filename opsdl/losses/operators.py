@@ -1,129 +1,83 @@
 """The losses as registered operators: what autograd, torch.compile and torch.library.opcheck see.
 
-    opsdl::reduced_loss(..., scale)       sum of value * scale, with its gradients taken in the same pass
-    opsdl::token_losses(..., scale)       value * scale of each token; opsdl::token_losses_backward runs the pass again
-    with
-                                          the gradient that arrived for each token
+    opsdl::reduced_loss             sum of value * scale, with its gradients taken in the same pass
+    opsdl::token_losses             value * scale of each token
+    opsdl::token_losses_backward    the pass again, for the gradients of sum(value * scale), scale being what arrived
 
-All three take the same arguments (`_ARGUMENTS`), flat: hidden [N, H], heads [V, H], tokens and scale [N].
+All three take the fields of a `Call`. What they return is taken from a `Result`: a real one of the driver, or for the
+fakes that torch.compile traces with, an empty one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from opsdl.losses import driver, values
+from opsdl.losses import driver
 from opsdl.losses.arguments import check_token_values
-from opsdl.losses.call import Head, OwnHead, Problem, SharedHead, kept
-from opsdl.losses.shards import Shards
+from opsdl.losses.call import FIELDS, Call, Gradients, Wanted, kept, schema
+from opsdl.losses.driver import Result
 
-_ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "Tensor? tokens, Tensor scale, str kind, float temperature, float? softcap, float beta, float? clip, "
-    "float skip_tolerance, int vocab_size, str group, str backend, bool[] wanted"
-)
-_SCALE, _KIND, _WANTED = 7, 8, 17  # places of those arguments
-_DIFFERENTIABLE = 3  # the first ones
+Outputs = tuple[Tensor, ...]
 
 
-def _problem(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tokens, kind, temperature, softcap, beta, clip,
-    skip_tolerance, vocab_size, group,
-) -> Problem:  # fmt: skip
-    group = dist.distributed_c10d._resolve_process_group(group) if group else None
-    head = Head(weight[:vocab_size], None if bias is None else bias[:vocab_size], temperature, softcap)
-    shards = Shards.of(vocab_size, group, hidden.device)
-    if teacher_hidden is None:
-        second = None
-    elif teacher_weight is None:
-        second = SharedHead(hidden, teacher_hidden, head)
-    else:
-        teacher_bias = None if teacher_bias is None else teacher_bias[:vocab_size]
-        second = OwnHead(teacher_hidden, Head(teacher_weight[:vocab_size], teacher_bias, temperature, softcap))
-    return Problem(
-        kind, hidden, head, second, tokens, beta, clip, skip_tolerance, shards, padding=weight.shape[0] - vocab_size
-    )
-
-
-def _run(arguments: tuple, scale_N: Tensor, wanted: list[bool]) -> driver.Result:
-    *rest, backend, _ = arguments
-    with torch.autocast(scale_N.device.type, enabled=False):
-        problem = _problem(*rest[:_SCALE], *rest[_SCALE + 1 :])
-        if problem.tokens_N is not None:
-            check_token_values(problem.tokens_N, scale_N, problem.shards.total)
-        return driver.run(problem, scale_N, tuple(wanted), backend)
-
-
-def _gradients(result: driver.Result) -> list[Tensor]:
-    """The wanted ones, empty tensors for the others: an operator returns no None."""
-    return [result.values_N.new_empty(0) if x is None else x for x in result[2:]]
-
-
-def reduced_loss(*arguments):
-    """(loss, stats [S, N], grad_hidden, grad_weight, grad_bias); an unwanted gradient is an empty tensor.
-
-    yielded: the caller keeps no hand on the gradients, so the backward may scale them in place.
-    """
-    *arguments, _ = arguments
-    scale_N = arguments[_SCALE]
-    result = _run(arguments, scale_N, arguments[_WANTED])
+def _reduced_loss(call: Call, run: Callable[[Call], Result]) -> Outputs:
+    """(loss, stats [S, N], dHidden, dWeight, dBias); an unwanted gradient is an empty tensor."""
+    result = run(call)
     # Masked tokens may be anything; their value is 0, and 0 is what they add.
-    return (result.values_N * scale_N).sum(), result.stats_SN, *_gradients(result)
+    return (result.values_N * call.scale_N).sum(), result.stats_SN, *_tensors(result)
 
 
-def token_losses(*arguments):
+def _token_losses(call: Call, run: Callable[[Call], Result]) -> Outputs:
     """(value * scale [N], stats [S, N])."""
-    scale_N = arguments[_SCALE]
-    result = _run(arguments, scale_N, [False] * 3)
-    return result.values_N * scale_N, result.stats_SN
+    result = run(replace(call, wanted=Wanted(False, False, False)))
+    return result.values_N * call.scale_N, result.stats_SN
 
 
-def token_losses_backward(*arguments):
-    """The wanted gradients of sum(value * scale)."""
-    return tuple(_gradients(_run(arguments, arguments[_SCALE], arguments[_WANTED])))
+def _token_losses_backward(call: Call, run: Callable[[Call], Result]) -> Outputs:
+    """(dHidden, dWeight, dBias); an unwanted gradient is an empty tensor."""
+    return _tensors(run(call))
 
 
-def _fake_stats(arguments: tuple) -> Tensor:
-    tokens, scale, kind, skip_tolerance = arguments[6], arguments[_SCALE], arguments[_KIND], arguments[13]
-    return scale.new_empty(len(values.names(kind, tokens is not None, skip_tolerance > 0)), scale.shape[0])
+def _tensors(result: Result) -> Outputs:
+    """The gradients with empty tensors for those that are not wanted: an operator returns no None."""
+    return tuple(result.values_N.new_empty(0) if x is None else x for x in result.gradients)
 
 
-def _fake_gradients(arguments: tuple) -> list[Tensor]:
-    pairs = zip(arguments[:_DIFFERENTIABLE], arguments[_WANTED], strict=True)
-    return [
-        x.new_empty(x.shape, dtype=kept(x.dtype)) if wanted else arguments[_SCALE].new_empty(0) for x, wanted in pairs
-    ]
+def _run(call: Call) -> Result:
+    with torch.autocast(call.scale_N.device.type, enabled=False):
+        if call.tokens_N is not None:
+            check_token_values(call.tokens_N, call.scale_N, call.shards.total)
+        return driver.run(call)
 
 
-def _fake_reduced_loss(*arguments):
-    return arguments[_SCALE].new_empty(()), _fake_stats(arguments), *_fake_gradients(arguments)
+def _empty(call: Call) -> Result:
+    """A result of the right shapes and dtypes."""
+    pairs = zip(call.differentiable, call.wanted, strict=True)
+    gradients = (x.new_empty(x.shape, dtype=kept(x.dtype)) if x is not None and want else None for x, want in pairs)
+    stats_SN = call.scale_N.new_empty(len(call.statistics), call.scale_N.shape[0])
+    return Result(torch.empty_like(call.scale_N), stats_SN, Gradients(*gradients))
 
 
-def _fake_token_losses(*arguments):
-    return torch.empty_like(arguments[_SCALE]), _fake_stats(arguments)
-
-
-def _fake_token_losses_backward(*arguments):
-    return tuple(_fake_gradients(arguments))
-
-
-def _keep_gradients(ctx, inputs, output):
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.set_materialize_grads(False)  # no zeros of a head's size in the place of gradients that nobody sends
-    ctx.wanted, ctx.yielded = inputs[_WANTED:]
-    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:_DIFFERENTIABLE]]
+    call = Call.unflat(inputs)
+    ctx.wanted, ctx.yielded = call.wanted, call.yielded
+    ctx.dtypes = [None if x is None else x.dtype for x in call.differentiable]
     ctx.save_for_backward(*output[2:])
 
 
-def _scale_gradients(ctx, grad, *_):
+def _scale_gradients(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative()
     if grad is None:
-        return (None,) * (_WANTED + 2)
+        return _of_arguments(())
     times = _times_in_place if ctx.yielded and type(grad) is Tensor else torch.mul
     saved = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    gradients = (times(x, grad).to(dtype) if wanted else None for x, dtype, wanted in saved)
-    return (*gradients, *(None,) * (_WANTED + 2 - _DIFFERENTIABLE))
+    return _of_arguments(times(x, grad).to(dtype) if wanted else None for x, dtype, wanted in saved)
 
 
 def _times_in_place(x: Tensor, grad: Tensor) -> Tensor:
@@ -133,21 +87,27 @@ def _times_in_place(x: Tensor, grad: Tensor) -> Tensor:
     return x if grad.device.type == "cpu" and grad.item() == 1 else x.mul_(grad)
 
 
-def _keep_inputs(ctx, inputs, output):
+def _keep_call(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[: _SCALE + 1])
-    ctx.rest = inputs[_SCALE + 1 :]
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.others = [None if isinstance(x, Tensor) else (x,) for x in inputs]
 
 
-def _run_again(ctx, grad_N, _):
+def _run_again(ctx: Any, grad_N: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative()
     if grad_N is None:
-        return (None,) * (_WANTED + 1)
-    *tensors, scale_N = ctx.saved_tensors
-    gradients = torch.ops.opsdl.token_losses_backward(*tensors, scale_N * grad_N, *ctx.rest)
-    inputs = zip(gradients, tensors[:_DIFFERENTIABLE], ctx.rest[-1], strict=True)
-    wanted = (x.to(given.dtype) if want else None for x, given, want in inputs)
-    return (*wanted, *(None,) * (_WANTED + 1 - _DIFFERENTIABLE))
+        return _of_arguments(())
+    tensors = iter(ctx.saved_tensors)
+    call = Call.unflat(next(tensors) if other is None else other[0] for other in ctx.others)
+    gradients = torch.ops.opsdl.token_losses_backward(*replace(call, scale_N=call.scale_N * grad_N).flat())
+    found = zip(gradients, call.differentiable, call.wanted, strict=True)
+    return _of_arguments(x.to(given.dtype) if want and given is not None else None for x, given, want in found)
+
+
+def _of_arguments(gradients: Any) -> tuple[Tensor | None, ...]:
+    """What a backward returns: a gradient for each field of a `Call`, of which the first ones have any."""
+    gradients = tuple(gradients)
+    return (*gradients, *(None,) * (len(FIELDS) - len(gradients)))
 
 
 def _refuse_second_derivative() -> None:
@@ -157,16 +117,22 @@ def _refuse_second_derivative() -> None:
 
 # Not torch.library.custom_op: at its first call it imports torch._dynamo, which takes seconds.
 _LIBRARY = torch.library.Library("opsdl", "FRAGMENT")
-for _name, _more, _returns, _function, _fake in (
-    ("reduced_loss", ", bool yielded", 5, reduced_loss, _fake_reduced_loss),
-    ("token_losses", "", 2, token_losses, _fake_token_losses),
-    ("token_losses_backward", "", 3, token_losses_backward, _fake_token_losses_backward),
-):
-    _LIBRARY.define(f"{_name}({_ARGUMENTS}{_more}) -> ({', '.join(['Tensor'] * _returns)})")
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"opsdl::{_name}", _fake, lib=_LIBRARY)
-for _name, _backward, _setup in (
-    ("reduced_loss", _scale_gradients, _keep_gradients),
-    ("token_losses", _run_again, _keep_inputs),
-):
-    torch.library.register_autograd(f"opsdl::{_name}", _backward, setup_context=_setup, lib=_LIBRARY)
+
+
+def _register(name: str, returns: int, operator: Callable[[Call, Callable[[Call], Result]], Outputs]) -> None:
+    def real(*arguments: Any) -> Outputs:
+        return operator(Call.unflat(arguments), _run)
+
+    def fake(*arguments: Any) -> Outputs:
+        return operator(Call.unflat(arguments), _empty)
+
+    _LIBRARY.define(f"{name}({schema()}) -> ({', '.join(['Tensor'] * returns)})")
+    _LIBRARY.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"opsdl::{name}", fake, lib=_LIBRARY)
+
+
+_register("reduced_loss", 5, _reduced_loss)
+_register("token_losses", 2, _token_losses)
+_register("token_losses_backward", 3, _token_losses_backward)
+torch.library.register_autograd("opsdl::reduced_loss", _scale_gradients, setup_context=_keep_gradients, lib=_LIBRARY)
+torch.library.register_autograd("opsdl::token_losses", _run_again, setup_context=_keep_call, lib=_LIBRARY)

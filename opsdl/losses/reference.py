@@ -1,7 +1,8 @@
 """The loss formulas, written out: materialise the logits, let autograd differentiate. For reading and for tests.
 
-Works in any floating dtype; in float64 it is the truth the other backends are measured against. Notation (design,
-"Glossary"): z student logits, gap = student minus teacher logit, lse natural-log logsumexp, p student probabilities.
+They work in any floating dtype; in float64 they are the truth the other backends are measured against. Notation
+(docs/design.md, "Glossary"): z student logits, gap = student minus teacher logit, lse natural-log logsumexp, p student
+probabilities.
 
     KL(p || q) = sum_v p_v (log p_v - log q_v)                    d KL / d z_v = p_v (gap_v - mean gap)
     policy     = - sg[log q(y) - log p(y)] log p(y)               (arXiv 2604.17535, eq. 2 and 3)
@@ -16,7 +17,18 @@ from torch import Tensor
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
-    """softcap(hidden weight^T + bias) / temperature: [..., H], [V, H] -> [..., V]."""
+    """Compute softcap * tanh((hidden weight^T + bias) / softcap) / temperature.
+
+    Args:
+        hidden: [..., H] hidden states, before the head.
+        weight: [V, H], the head.
+        bias: [V], or None.
+        temperature: What the logits are divided by.
+        softcap: The bound of the logits before the temperature, or None. A logit of -inf, padding, stays one.
+
+    Returns:
+        [..., V] logits.
+    """
     z = hidden @ weight.mT
     if bias is not None:
         z = z + bias
@@ -26,9 +38,17 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: flo
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Token-level KL(student || teacher): [..., V] x 2 -> [...]. The teacher is detached.
+    """Compute the token-level KL(student || teacher); the teacher is detached.
 
-    A vocabulary entry whose student logit is -inf contributes nothing.
+    Args:
+        student_logits: [..., V]; an entry of -inf contributes nothing.
+        teacher_logits: [..., V].
+
+    Returns:
+        [...] nats.
+
+    Source:
+        arXiv 2604.17535; docs/design.md, "Losses".
     """
     log_p = student_logits.log_softmax(-1)
     log_q = teacher_logits.detach().log_softmax(-1)
@@ -37,9 +57,15 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
-    """beta KL(q || m) + (1 - beta) KL(p || m), m = (1 - beta) p + beta q: [..., V] x 2 -> [...].
+    """Compute beta KL(q || m) + (1 - beta) KL(p || m) with m = (1 - beta) p + beta q, of student p and teacher q.
 
-    beta 1 is the reverse KL(p || q), beta 0 the forward KL(q || p), of student p and teacher q.
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V], detached.
+        beta: 1 is the reverse KL(p || q), 0 the forward KL(q || p).
+
+    Returns:
+        [...] nats.
     """
     if beta == 1:
         return reverse_kl(student_logits, teacher_logits)
@@ -57,7 +83,20 @@ def divergence(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> T
 def policy_reverse_kl(
     student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor, baseline: str | None = None
 ) -> Tensor:
-    """Sampled-token form: [..., V] x 2, [...] -> [...]. baseline "kl" adds the KL to the advantage (same mean)."""
+    """Compute the sampled-token form - A log p(token), A = log q(token) - log p(token) held constant.
+
+    Args:
+        student_logits: [..., V].
+        teacher_logits: [..., V], detached.
+        tokens: [...] int64, the sampled tokens.
+        baseline: "kl" adds the KL to A, with the same mean; None adds nothing.
+
+    Returns:
+        [...] nats^2.
+
+    Source:
+        arXiv 2604.17535, eq. 2 and 3.
+    """
     log_p = student_logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     log_q = teacher_logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     advantage = log_q - log_p
@@ -67,13 +106,30 @@ def policy_reverse_kl(
 
 
 def log_prob(student_logits: Tensor, tokens: Tensor) -> Tensor:
-    """log p(token): [..., V], [...] -> [...]."""
+    """Compute log p(token).
+
+    Args:
+        student_logits: [..., V].
+        tokens: [...] int64.
+
+    Returns:
+        [...] nats.
+    """
     return student_logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 @torch.no_grad()
 def statistics(z: Tensor, z_teacher: Tensor | None, tokens: Tensor | None) -> dict[str, Tensor]:
-    """Per-token kl, student_lse, teacher_lse, entropy and gap at the tokens; those that need no teacher without one."""
+    """Compute the statistics of each token that the losses report.
+
+    Args:
+        z: [..., V], the student's logits.
+        z_teacher: [..., V], the teacher's; None leaves out what needs them.
+        tokens: [...] int64, where the gap is taken; None leaves it out.
+
+    Returns:
+        kl, student_lse, teacher_lse, entropy (of the student) and gap, [...] nats each.
+    """
     log_p = z.log_softmax(-1)
     stats = {
         "student_lse": z.logsumexp(-1),
@@ -93,7 +149,17 @@ def statistics(z: Tensor, z_teacher: Tensor | None, tokens: Tensor | None) -> di
 
 
 def reduce(per_token: Tensor, mask: Tensor | None, token_weights: Tensor | None, reduction: str) -> Tensor:
-    """Weighted sum, mean over unmasked tokens, or per-token values; a mask without any True token gives 0."""
+    """Reduce the tokens' values to a loss; a mask without any True token gives 0.
+
+    Args:
+        per_token: [...].
+        mask: [...] bool, False for tokens that do not count; None: all count.
+        token_weights: [...], factors of the values, or None.
+        reduction: "mean" over the unmasked tokens, "sum", or "none" for the weighted values themselves.
+
+    Returns:
+        A scalar, or [...].
+    """
     if mask is not None:
         per_token = torch.where(mask, per_token, 0.0)
     if token_weights is not None:

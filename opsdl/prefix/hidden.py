@@ -1,18 +1,90 @@
-"""The packed forward: hidden states that predict every response token of a group, from one pass over the prefix."""
+"""The hidden states that predict every token of responses, each prefix computed once for all of its responses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opsdl.prefix.adapter import last_hidden
-from opsdl.prefix.layouts.cached import RowsLayout
-from opsdl.prefix.memory.cache import PrefixCache, check_prefix, prefill
-from opsdl.prefix.responses import Ragged, Responses
-from opsdl.prefix.tree import Segment, tree_hidden
+from opsdl.prefix.layouts.cached import CachedLayout
+from opsdl.prefix.memory.cache import PrefixCache
+from opsdl.prefix.prefilling import check_prefix, prefill
+from opsdl.prefix.responses import Responses
+from opsdl.prefix.tree import Segment, stream_hidden
+
+
+def packed_hidden(
+    model: PreTrainedModel,
+    prefix_ids: Sequence[Tensor],
+    responses: Sequence[Responses],
+    *,
+    prefix_gradient: str = "exact",
+    prefix: Sequence[PrefixCache] | None = None,
+) -> Tensor:
+    """Compute the hidden state that predicts each response token, in one pass (docs/design.md, "Shared prefix").
+
+    "exact" equals a forward of its own for every response to rounding, in value and in every gradient. Without caches
+    it is one stream of prefixes and responses; over caches from prefill(..., gradient=True) only the responses run, and
+    the backward goes on through the graph of that prefill. "detached" takes the prefixes' keys and values as constants:
+    nothing of a prefix is kept for the backward, and no dK and dV of it are computed. The gradient then lacks what the
+    prefix's positions contribute: cheaper, but the model learns less from the same steps.
+
+    Args:
+        model: A causal language model with full attention in every layer.
+        prefix_ids: The prefixes, int64 [P] each with P >= 2.
+        responses: The group of responses of each prefix.
+        prefix_gradient: "exact" or "detached".
+        prefix: The caches of the prefixes; without them "detached" makes its own.
+
+    Returns:
+        [N, H] after the final norm, never padded: row n predicts token n of the groups' `packed_tokens`, group after
+        group. The first token of a response is predicted by the last prefix token, and is included.
+
+    Raises:
+        ValueError: Wrong shapes, an unknown mode, or "exact" over a cache made without gradient where gradients are on.
+        StalePrefixError: A cache was made by other weights.
+        FreedSequenceError: A cache was freed.
+    """
+    if prefix_gradient not in ("exact", "detached"):
+        raise ValueError(f"prefix_gradient: {prefix_gradient!r}; expected 'exact' or 'detached'")
+    if not responses or len(prefix_ids) != len(responses) or (prefix is not None and len(prefix) != len(responses)):
+        raise ValueError(
+            f"prefix_ids: {len(prefix_ids)} prefixes for {len(responses)} groups of responses; expected as many"
+        )
+    for ids, group in zip(prefix_ids, responses, strict=True):
+        check_prefix(model, ids, max(group.lengths))
+    if prefix is None and prefix_gradient == "exact":
+        return _in_one_stream(model, prefix_ids, responses)
+    caches = prefix or [prefill(model, ids) for ids in prefix_ids]
+    for ids, cache in zip(prefix_ids, caches, strict=True):
+        _check_cache(model, ids, cache, prefix_gradient == "exact" and torch.is_grad_enabled())
+    return _over_caches(model, caches, responses, detach=prefix_gradient == "detached")
+
+
+@overload
+def response_hidden(
+    model: PreTrainedModel,
+    prefix_ids: Tensor,
+    responses: Responses,
+    *,
+    prefix_gradient: str = ...,
+    prefix: PrefixCache | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def response_hidden(
+    model: PreTrainedModel,
+    prefix_ids: Sequence[Tensor],
+    responses: Sequence[Responses],
+    *,
+    prefix_gradient: str = ...,
+    prefix: Sequence[PrefixCache] | None = ...,
+) -> list[Tensor]: ...
 
 
 def response_hidden(
@@ -23,79 +95,51 @@ def response_hidden(
     prefix_gradient: str = "exact",
     prefix: PrefixCache | Sequence[PrefixCache] | None = None,
 ) -> Tensor | list[Tensor]:
-    """Hidden states [G, T, H] after the final norm; [g, t] predicts response token t, the first one included.
+    """Compute what `packed_hidden` does, padded (docs/design.md, "Shared prefix").
 
-    prefix_ids: [P] int64, at least 2 tokens. Slots outside `responses.mask` are 0. Sequences of prefixes, responses
-    and caches give a list, whose groups all run in one pass.
+    Args:
+        model: A causal language model with full attention in every layer.
+        prefix_ids: int64 [P] with P >= 2, or a sequence of prefixes.
+        responses: The prefix's group of responses, or a sequence of groups, which all run in one pass.
+        prefix_gradient: "exact" or "detached", as in `packed_hidden`.
+        prefix: The cache of the prefix, or a sequence of caches.
 
-    prefix_gradient="exact": equal to G separate rows to rounding, in value and in every gradient. Without `prefix` it
-    is one stream of prefixes and rows (opsdl/prefix/tree.py); with a `prefix` from prefill(..., gradient=True) only the
-    rows run, and the backward goes on through the graph of that prefill.
-    "detached": the prefix's keys and values are constants, taken from `prefix` or from a prefill of their own; only
-    the rows run, forward and backward, nothing of the prefix is kept for the backward and no dK and dV of it computed.
-    The gradient lacks what the prefix positions contribute: cheaper, but the model learns less from the same steps
-    (README, "Exact or detached").
+    Returns:
+        Hidden states [G, T, H] after the final norm, of which [g, t] predicts token t of response g, the first one
+        included; 0 where the mask is False. A list of them for a sequence of groups.
 
-    Raises ValueError for wrong shapes, an unknown mode, or "exact" with a cache that was made without gradient where
-    gradients are on; StalePrefixError when the cache was made by other weights.
+    Raises:
+        ValueError: As `packed_hidden`; so are the other errors.
     """
-    if prefix_gradient not in ("exact", "detached"):
-        raise ValueError(f"prefix_gradient: {prefix_gradient!r}; expected 'exact' or 'detached'")
-    single = isinstance(responses, Responses)
-    prompts, groups = ([prefix_ids], [responses]) if single else (list(prefix_ids), list(responses))
+    prompts = [prefix_ids] if isinstance(prefix_ids, Tensor) else prefix_ids
+    groups = [responses] if isinstance(responses, Responses) else responses
     caches = [prefix] if isinstance(prefix, PrefixCache) else prefix
-    if len(prompts) != len(groups) or (caches is not None and len(caches) != len(groups)):
-        raise ValueError(f"prefix_ids: {len(prompts)} prefixes for {len(groups)} groups of responses; expected as many")
-    for ids, group in zip(prompts, groups, strict=True):
-        check_prefix(model, ids, max(group.lengths))
-    exact_gradient = prefix_gradient == "exact" and torch.is_grad_enabled()
-    if caches is None and prefix_gradient == "exact":
-        hiddens = _packed(model, prompts, groups)
-    else:
-        caches = caches or [prefill(model, ids) for ids in prompts]
-        for ids, cache in zip(prompts, caches, strict=True):
-            _check_cache(model, ids, cache, exact_gradient)
-        hiddens = _over_caches(model, caches, groups, detach=prefix_gradient == "detached")
-    return hiddens[0] if single else hiddens
+    packed_NH = packed_hidden(model, prompts, groups, prefix_gradient=prefix_gradient, prefix=caches)
+    parts = packed_NH.split([sum(group.lengths) for group in groups])
+    hiddens = [group.pad(part) for group, part in zip(groups, parts, strict=True)]
+    return hiddens[0] if isinstance(responses, Responses) else hiddens
 
 
-def _packed(model: PreTrainedModel, prompts: Sequence[Tensor], groups: Sequence[Responses]) -> list[Tensor]:
-    """One stream of trees: of each prompt the prefix, without its last token, and the rows."""
+def _in_one_stream(model: PreTrainedModel, prompts: Sequence[Tensor], groups: Sequence[Responses]) -> Tensor:
+    """A tree for each prefix: the prefix without its last token, then the responses."""
     trees = [
-        Segment(ids[:-1], [Segment(row[:n]) for row, n in zip(group.row_tokens(ids[-1]), group.lengths, strict=True)])
+        Segment(ids[:-1], [Segment(tokens) for tokens in group.inputs(ids[-1]).split(group.lengths)])
         for ids, group in zip(prompts, groups, strict=True)
     ]
-    hidden, out = iter(tree_hidden(model, trees)), []
-    for group in groups:
-        next(hidden)  # of the prefix
-        rows_NH = torch.cat([next(hidden) for _ in group.lengths])
-        out.append(Ragged(group.mask).pad(rows_NH))
-    return out
+    hidden_LH, spans = stream_hidden(model, trees)
+    of_responses = [hidden_LH[span.end : span.last] for span in spans if span.last > span.end]
+    return of_responses[0] if len(of_responses) == 1 else torch.cat(of_responses)
 
 
 def _over_caches(
-    model: PreTrainedModel, caches: Sequence[PrefixCache], groups: Sequence[Responses], detach: bool
-) -> list[Tensor]:
-    """The rows alone, of all groups in one stream, each over the cache of its prefix."""
-    own = [Ragged(group.mask) for group in groups]
-    tokens, positions, prefixes = [], [], []
-    for cache, group, rows in zip(caches, groups, own, strict=True):
-        tokens.append(rows.pack(group.row_tokens(cache.tokens[-1])))
-        positions.append(rows.pack(_steps(group)) + cache.length - 1)
-        layers = cache.layers
-        if detach:
-            layers = {layer: (key.detach(), value.detach()) for layer, (key, value) in layers.items()}
-        prefixes.append((layers, len(tokens[-1])))
-    every = Ragged.of([length for group in groups for length in group.lengths], caches[0].tokens.device)
-    layout = RowsLayout(every, prefixes)
-    hidden_1NH = last_hidden(model, torch.cat(tokens)[None], torch.cat(positions)[None], layout)
-    parts = hidden_1NH[0].split([count for _, count in prefixes])
-    return [rows.pad(part) for rows, part in zip(own, parts, strict=True)]
-
-
-def _steps(responses: Responses) -> Tensor:
-    """[G, T] the number of each token in its response."""
-    return torch.arange(responses.tokens.shape[1], device=responses.tokens.device).expand_as(responses.tokens)
+    model: PreTrainedModel, caches: Sequence[PrefixCache], groups: Sequence[Responses], *, detach: bool
+) -> Tensor:
+    """The responses alone, of all groups in one stream, each over the cache of its prefix."""
+    pairs = list(zip(caches, groups, strict=True))
+    tokens_N = torch.cat([group.inputs(cache.tokens[-1]) for cache, group in pairs])
+    positions_N = torch.cat([group.positions(cache.length - 1) for cache, group in pairs])
+    layout = CachedLayout(caches, [group.lengths for group in groups], detach=detach)
+    return last_hidden(model, tokens_N[None], positions_N[None], layout)[0]
 
 
 def _check_cache(model: PreTrainedModel, prefix_P: Tensor, cache: PrefixCache, exact_gradient: bool) -> None:

@@ -21,55 +21,69 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    average: PreTrainedModel | None,
-    keep: int,
-) -> Path:
-    """Write the state after `step` steps and delete all but the newest `keep` checkpoints. Returns its directory."""
-    final = run_dir / "checkpoints" / f"step-{step:05d}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    tensors = {
-        f"{moment}.{names[parameter]}": state[moment]
-        for parameter, state in optimizer.state.items()
-        for moment in MOMENTS
-    }
-    if average is not None:
-        tensors |= {f"average.{name}": parameter.detach() for name, parameter in average.named_parameters()}
-    save_file(tensors, temporary / "trainer.safetensors")
-    (temporary / "trainer.json").write_text(json.dumps({"step": step}) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
-    for old in checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
-    return final
+class Checkpoints:
+    """The checkpoints of a run, of which the newest `keep` stay."""
 
+    def __init__(self, run_dir: Path, tokenizer: PreTrainedTokenizerBase, keep: int):
+        self.folder, self.tokenizer, self.keep = run_dir / "checkpoints", tokenizer, keep
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
+    @property
+    def newest(self) -> Path | None:
+        """The directory of the newest whole checkpoint, or None."""
+        return next(reversed(self._whole()), None)
 
+    def save(
+        self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, average: PreTrainedModel | None
+    ) -> None:
+        """Write the state after `step` steps, and delete old checkpoints.
 
-def restore_trainer(
-    checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, average: PreTrainedModel | None
-) -> int:
-    """Put optimizer moments and EMA teacher back (the model itself loads as a model). Returns the steps done."""
-    tensors = load_file(checkpoint / "trainer.safetensors")
-    for name, parameter in model.named_parameters():
-        if f"step.{name}" in tensors:
-            optimizer.state[parameter] = {
-                moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS
-            }
-    if average is not None:
-        with torch.no_grad():
-            for name, parameter in average.named_parameters():
-                parameter.copy_(tensors[f"average.{name}"])
-    return json.loads((checkpoint / "trainer.json").read_text())["step"]
+        Args:
+            step: the number of steps done.
+            model: the student.
+            optimizer: its AdamW.
+            average: the weights of an EMA teacher.
+        """
+        final = self.folder / f"step-{step:05d}"
+        temporary = final.with_name(f".{final.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        tensors = {
+            f"{moment}.{name}": optimizer.state[parameter][moment]
+            for name, parameter in model.named_parameters()
+            if parameter in optimizer.state
+            for moment in MOMENTS
+        }
+        if average is not None:
+            tensors |= {f"average.{name}": parameter.detach() for name, parameter in average.named_parameters()}
+        save_file(tensors, temporary / "trainer.safetensors")
+        (temporary / "trainer.json").write_text(json.dumps({"step": step}) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in self._whole()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def restore(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, average: PreTrainedModel | None) -> int:
+        """Put optimizer moments and EMA teacher back from the newest checkpoint; the model itself loads as a model.
+
+        Returns:
+            The number of steps done; 0 where there is no checkpoint.
+        """
+        checkpoint = self.newest
+        if checkpoint is None:
+            return 0
+        tensors = load_file(checkpoint / "trainer.safetensors")
+        for name, parameter in model.named_parameters():
+            if f"step.{name}" in tensors:
+                optimizer.state[parameter] = {
+                    moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in MOMENTS
+                }
+        if average is not None:
+            with torch.no_grad():
+                for name, parameter in average.named_parameters():
+                    parameter.copy_(tensors[f"average.{name}"])
+        return int(json.loads((checkpoint / "trainer.json").read_text())["step"])
+
+    def _whole(self) -> list[Path]:
+        """The whole checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*"))

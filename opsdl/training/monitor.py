@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator
+from types import FrameType
 
 import torch
 from tqdm import tqdm
@@ -17,10 +18,15 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.start()
+
+    def start(self) -> None:
+        """Begin again at zero."""
         self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, part: str) -> None:
+        """Count the time since the last lap for `part`."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now = time.perf_counter()
@@ -36,7 +42,7 @@ def interrupt_after_step() -> Iterator[list[bool]]:
     """
     seen: list[bool] = []
 
-    def handle(number, frame):
+    def handle(number: int, frame: FrameType | None) -> None:
         if seen:
             raise KeyboardInterrupt
         seen.append(True)

@@ -1,4 +1,4 @@
-"""The directory of a run: resolved config, metrics.jsonl, samples.jsonl, evaluations, checkpoints, report."""
+"""The directory of a run: its config, metrics.jsonl, samples.jsonl, evaluations, checkpoints, report."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from opsdl.config import RunConfig, to_yaml
+from opsdl.config import RunConfig, as_mapping, to_yaml
 from opsdl.errors import UserError
+from opsdl.evaluation import EvaluationResult
 from opsdl.files import write_whole
-from opsdl.training.checkpoint import checkpoints
 
 
 class RunDir:
@@ -29,7 +29,7 @@ class RunDir:
         if self.config_file.exists():
             if config.resume == "never":
                 raise UserError(f"run_dir {self.path}: holds a run already; expected resume=auto or another run_dir")
-            _compare(OmegaConf.load(self.config_file), OmegaConf.create(self.resolved), self.path)
+            _compare(OmegaConf.load(self.config_file), OmegaConf.create(self.resolved), self.path, DEFAULTS)
 
     def create(self) -> None:
         """Make the directory, with the resolved config in it. Raises UserError where that cannot be done."""
@@ -38,11 +38,6 @@ class RunDir:
             write_whole(self.config_file, self.resolved)
         except OSError as error:
             raise UserError(f"run_dir {self.path}: cannot be made: {error.strerror}") from None
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The newest checkpoint, or None."""
-        return (checkpoints(self.path) or [None])[-1]
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics and samples of steps that no checkpoint holds: they are about to run again."""
@@ -61,19 +56,26 @@ class RunDir:
         # Only whole lines count: a process that was killed may have left half of the last one.
         return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
-    def load(self, name: str) -> Any:
+    def evaluation(self, name: str) -> EvaluationResult | None:
+        """Return an evaluation that was saved, or None. Raises UserError for one of another version."""
         path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        return EvaluationResult.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
 
     def save(self, name: str, value: Any) -> None:
         write_whole(self.path / name, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
-def _compare(old: Any, new: Any, path: Path, parent: str = "") -> None:
+# What a key had that the config of an older version does not hold yet.
+DEFAULTS = OmegaConf.create(as_mapping(RunConfig()))
+
+
+def _compare(old: Any, new: Any, path: Path, defaults: Any, parent: str = "") -> None:
     for key in new:
-        before, now = OmegaConf.select(old, key), new[key]
+        before, now = OmegaConf.select(old, key, default=OmegaConf.select(defaults, key)), OmegaConf.select(new, key)
         if OmegaConf.is_dict(now) and OmegaConf.is_dict(before):
-            _compare(before, now, path, f"{parent}{key}.")
+            _compare(before, now, path, OmegaConf.select(defaults, key, default=OmegaConf.create()), f"{parent}{key}.")
         elif before != now:
             raise UserError(
                 f"run_dir {path}: was started with {parent}{key}={before}, now {now}; expected the same config to"

@@ -1,44 +1,79 @@
-"""Who the teacher is: the student itself, its initial weights, or a moving average of them."""
+"""Who the teacher is: the student itself, its initial weights, or a moving average of its weights."""
 
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from opsdl.config import RunConfig
+from opsdl.training.policy import Policy
+
+if TYPE_CHECKING:
+    from opsdl.config import RunConfig
 
 
-class Teacher:
-    """`model` scores the responses. It is the student itself for "live", a copy that never gets gradients otherwise."""
+class Teacher(Policy):
+    """A policy that scores responses and never gets a gradient.
 
-    def __init__(self, student: PreTrainedModel, initial: PreTrainedModel | None, config: RunConfig):
-        """`initial` is given when the student's weights are no longer the initial ones (a resumed run)."""
-        self.student, self.config = student, config.teacher
-        if self.config.kind == "live":
-            self.model = student
-        else:
-            self.model = (initial or copy.deepcopy(student)).requires_grad_(False).eval()
-        if self.config.kind == "frozen":
-            _cast_linear_weights(self.model, getattr(torch, config.model.compute_dtype))
+    Args:
+        student: the policy that is trained.
+        initial: the initial weights; None where the student still has them.
+        config: the run's.
+    """
 
-    @property
-    def head(self) -> torch.nn.Module | None:
-        """The head, or None when it is the student's own: the loss then takes the exact shared-head gap."""
-        return None if self.config.kind == "live" else self.model.get_output_embeddings()
+    phrase: ClassVar[str]  # who it is, for reports
+    state: PreTrainedModel | None = (
+        None  # the weights that a checkpoint must hold, where the student's do not give them
+    )
+
+    def __init__(self, student: Policy, initial: PreTrainedModel | None, config: RunConfig):
+        super().__init__(self.weights(student.model, initial), config, "teacher", student.clock)
+
+    def weights(self, student: PreTrainedModel, initial: PreTrainedModel | None) -> PreTrainedModel:
+        """Return the model at the start: a copy of the initial weights without gradients."""
+        return (initial or copy.deepcopy(student)).requires_grad_(False).eval()
+
+    def update(self, student: Policy) -> None:
+        """Follow the student, after each optimizer step."""
+
+
+class LiveTeacher(Teacher):
+    """The student itself, as it is at each step. It has the student's head, so the loss takes the exact gap."""
+
+    phrase = "the student's own current weights"
+
+    def weights(self, student: PreTrainedModel, initial: PreTrainedModel | None) -> PreTrainedModel:
+        return student
+
+
+class FrozenTeacher(Teacher):
+    """The initial weights. Linear layers are cast once to what autocast would cast them to in every forward."""
+
+    phrase = "the frozen initial weights"
+
+    def __init__(self, student: Policy, initial: PreTrainedModel | None, config: RunConfig):
+        super().__init__(student, initial, config)
+        head = self.model.get_output_embeddings()  # stays as it is: the losses have a dtype of their own
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not head:
+                module.to(self.compute_dtype)
+
+
+class EmaTeacher(Teacher):
+    """A moving average: average = decay average + (1 - decay) student, once a step."""
+
+    phrase = "a moving average of the student's weights"
+
+    def __init__(self, student: Policy, initial: PreTrainedModel | None, config: RunConfig):
+        super().__init__(student, initial, config)
+        self.state, self.decay = self.model, config.teacher.ema_decay
 
     @torch.no_grad()
-    def update(self) -> None:
-        """After each optimizer step: an "ema" teacher moves towards the student."""
-        if self.config.kind == "ema":
-            for average, current in zip(self.model.parameters(), self.student.parameters(), strict=True):
-                average.lerp_(current, 1 - self.config.ema_decay)
+    def update(self, student: Policy) -> None:
+        for average, current in zip(self.model.parameters(), student.model.parameters(), strict=True):
+            average.lerp_(current, 1 - self.decay)
 
 
-def _cast_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast once what autocast would cast in every forward; the head stays as it is, the loss takes it in float32."""
-    head = model.get_output_embeddings()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
-            module.to(dtype)
+TEACHERS: dict[str, type[Teacher]] = {"frozen": FrozenTeacher, "live": LiveTeacher, "ema": EmaTeacher}

@@ -11,8 +11,8 @@ import yaml
 
 import opsdl
 from opsdl.cli.main import main
-from opsdl.config import load_config
 from opsdl.data.triplets import read_triplets
+from opsdl.training.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 COMMANDS = ("train", "eval", "prepare", "info")
@@ -21,9 +21,9 @@ NEEDLES = {"haystack": "python", "split": "eval", "kinds": ["multikey"], "length
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_load(recipe):
-    config = load_config(recipe)
+    config = load_recipe(recipe)
     assert config.run_dir == f"runs/{recipe.stem}"
-    assert all(chosen.needles.split == "eval" for chosen in config.evaluation.sets)
+    assert all(chosen.task.options["split"] == "eval" for chosen in config.evaluation.sets)
 
 
 @pytest.fixture
@@ -65,8 +65,14 @@ def fails(capsys):
         ("steps", "override 'steps': expected key.sub=value"),
         ("loss.kind=forward", "key loss.kind is 'forward'; expected one of full, policy"),
         ("evaluation.sets.0.items=1", "a list has no keys to set; give the whole list"),
+        ("loss={kind: policy, baseline: mean}", "key loss.baseline is 'mean'; expected one of None, kl"),
+        ("loss.base=kl", "unknown key loss.base"),
+        ("data.needles.lenght=3", "unknown key data.needles.lenght; the nearest valid key is data.needles.length"),
+        ("data.needles.length=0", "key data.needles.length is 0; expected a positive number"),
+        ("data.needels={length: 3}", "unknown key data.needels; the nearest valid key is data.needles"),
+        ("evaluation.sets=[{name: a, needles: {length: x}}]", "key evaluation.sets[0].needles.length: Value 'x'"),
         ("evaluation.sets=[{name: a, items: -1}]", "key evaluation.sets[0].items is -1; expected a positive number"),
-        ("data.template=text", "key data.template must hold {context} and {question} once each"),
+        ("data.template=text", "key data.template is 'text'; expected text with {context} and {question} once each"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "eval"])
@@ -156,7 +162,7 @@ def test_prepare_keeps_a_file_that_exists(tmp_path, fails):
 
 
 def test_prepare_writes_triplets(tiny_model_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("opsdl.data.prepare.self_questions", lambda *_, **__: lambda short_context: ["Who?"])
+    monkeypatch.setattr("opsdl.training.questions.self_questions", lambda *_, **__: lambda short_context: ["Who?"])
     document, out = tmp_path / "a.txt", tmp_path / "out.jsonl"
     document.write_text("\n\n".join(f"Paragraph {n} has a few words." for n in range(20)))
     sizes = ["--long-tokens", "60", "--short-tokens", "20", "--per-document", "3"]
@@ -166,7 +172,7 @@ def test_prepare_writes_triplets(tiny_model_dir, tmp_path, capsys, monkeypatch):
 
 
 def test_prepare_without_a_single_question(tiny_model_dir, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr("opsdl.data.prepare.self_questions", lambda *_, **__: lambda short_context: [])
+    monkeypatch.setattr("opsdl.training.questions.self_questions", lambda *_, **__: lambda short_context: [])
     document, out = tmp_path / "a.txt", tmp_path / "out.jsonl"
     document.write_text("A paragraph.")
     assert "wrote no question" in fails("prepare", document, "--model", tiny_model_dir, "--out", out)
@@ -210,7 +216,7 @@ def test_interrupt_is_one_line(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("opsdl.cli.facts.info", interrupted)
+    monkeypatch.setattr("opsdl.cli.info.facts", interrupted)
     assert main(["info"]) == 130
     assert capsys.readouterr().err.strip() == "opsdl: error: interrupted"
 
@@ -219,7 +225,7 @@ def test_a_defect_of_ours_is_not_blamed_on_the_user(monkeypatch):
     def broken():
         raise ImportError("cannot import name 'x'", name="opsdl.losses")
 
-    monkeypatch.setattr("opsdl.cli.facts.info", broken)
+    monkeypatch.setattr("opsdl.cli.info.facts", broken)
     with pytest.raises(ImportError):
         main(["info"])
 

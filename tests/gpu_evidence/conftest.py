@@ -1,10 +1,7 @@
 """Kernels without a GPU: interpreted, compiled ahead of time, and their PTX executed by an emulator (tools/)."""
 
 import importlib.util
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
 

@@ -4,30 +4,30 @@ from tools import bf16_interpreter
 
 bf16_interpreter.install()  # before triton is imported
 
-import problems  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import opsdl  # noqa: E402
+from tests.support.gpu import loss_cases  # noqa: E402
 
 SHAPES = [(1, 8, 5), (65, 70, 257), (70, 33, 300)]
 
 
-@pytest.mark.parametrize("variant", problems.VARIANTS)
+@pytest.mark.parametrize("variant", loss_cases.VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_against_float64(dtype, variant, monkeypatch):
     monkeypatch.setattr("opsdl.kernels.configs.PROGRAMS", 2)  # so that a program merges several tiles
     for seed, shape in enumerate(SHAPES):
-        if problems.VARIANTS[variant].get("padding", 0) >= shape[2]:
+        if loss_cases.VARIANTS[variant].get("padding", 0) >= shape[2]:
             continue
-        inputs = problems.make(dtype, *shape, seed=seed, **problems.VARIANTS[variant])
-        problems.check(inputs, problems.solve(inputs))
+        inputs = loss_cases.make(dtype, *shape, seed=seed, **loss_cases.VARIANTS[variant])
+        loss_cases.check(inputs, loss_cases.solve(inputs))
 
 
 def test_chunks_that_do_not_fit_the_workspace(monkeypatch):
     monkeypatch.setattr("opsdl.kernels.configs.WORKSPACE_BYTES", 64 * 4 * 70)
-    inputs = problems.make(torch.float32, 150, 70, 300, seed=5, tokens=True)
-    problems.check(inputs, problems.solve(inputs))
+    inputs = loss_cases.make(torch.float32, 150, 70, 300, seed=5, tokens=True)
+    loss_cases.check(inputs, loss_cases.solve(inputs))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -1,11 +1,10 @@
 """Every shipped configuration compiled for sm_80, sm_90 and sm_100, within budgets; for gfx942, compiled."""
 
-import launches
-import problems
 import pytest
 import torch
-from opsdl.kernels import configs
 
+from opsdl.kernels import configs
+from tests.support.gpu import launches, loss_cases
 from tools import triton_aot
 
 # Registers per thread that each kernel may take; none may spill. Compiler versions move them by a few.
@@ -22,7 +21,7 @@ def launched(dtype, arch, monkeypatch, **variant):
     monkeypatch.setattr(configs, "capability", lambda device: 9 if arch == "gfx942" else arch // 10)
     found = {}
     with launches.substituted(lambda launch: found.setdefault((launch.name, str(launch.constants)), launch)):
-        problems.solve(problems.make(dtype, 256, 128, 512, seed=0, **variant))
+        loss_cases.solve(loss_cases.make(dtype, 256, 128, 512, seed=0, **variant))
     return found.values()
 
 

@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import triton
-from cuda_problems import missing
 
 from opsdl import extension
 from opsdl.prefix.attention import operators  # noqa: F401  the schemas
+from tests.support.gpu.prefix_cases import missing
 
 LIBRARY = Path(extension.__file__).with_name("_cuda.so")
 WHY = f"csrc/cuda is not built: {missing('nvcc') or 'see the set-up'}"
 pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason=WHY)
-OPERATORS = (
-    "merge_states", "merge_states_backward", "prefix_decode", "append_tokens", "gather_tokens", "copy_blocks",
-)  # fmt: skip
+OPERATORS = ("merge_states", "prefix_decode", "append_tokens", "gather_tokens", "copy_blocks")
 REGISTERS = {"decode_half": 224, "decode_float": 255, "merge_states": 48, "copy": 40}  # of a thread, at most
 
 
@@ -34,7 +32,7 @@ def test_flash_attention_is_registered_for_training():
 
 
 def resources():
-    """{(architecture, kernel): (registers, bytes of stack)}"""
+    """Return {(architecture, kernel): (registers, bytes of stack)}."""
     own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     dump = own if own.exists() else shutil.which("cuobjdump")
     if not dump:

@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 import torch
-from cuda_problems import DECODES, SCALE, SOURCES, Decode, check_merged, missing, states
 
+from tests.support.gpu.prefix_cases import DECODE_CASES, SCALE, SOURCES, DecodeCase, check_merged, missing, states
 from tools import ptxsim
 from tools.ptxsim import mutation
 from tools.ptxsim.launch import host_bytes
@@ -24,9 +24,9 @@ def ptx(arch):
     """Of the kernels that are templates, as the launchers in operators.cu use them."""
     return ptxsim.compile_cuda(
         f"""
+#include "{SOURCES}/blocks.cuh"
 #include "{SOURCES}/decode.cuh"
 #include "{SOURCES}/merge.cuh"
-#include "{SOURCES}/paged.cuh"
 namespace opsdl {{
 template __global__ void decode_half<Bf16, 64>(DecodeArguments);
 template __global__ void decode_half<Bf16, 128>(DecodeArguments);
@@ -41,30 +41,30 @@ template __global__ void copy_runs<false>(Unit*, const Unit*, const int*, long l
     )
 
 
-def decode(text, problem, count_traffic=False):
+def decode(text, case, count_traffic=False):
     machine = Machine(count_traffic)
-    half = problem.dtype != torch.float32
+    half = case.dtype != torch.float32
     kind = {torch.bfloat16: "11decode_halfINS_4Bf16E", torch.float16: "11decode_halfINS_4Fp16E"}
-    entry = f"{kind.get(problem.dtype, '12decode_floatI')}Li{problem.width}E"
-    out = torch.full((problem.splits, *problem.query.shape), torch.nan)
+    entry = f"{kind.get(case.dtype, '12decode_floatI')}Li{case.width}E"
+    out = torch.full((case.splits, *case.query.shape), torch.nan)
     lse = torch.full(out.shape[:3], torch.nan)
-    tensors = [problem.query, problem.key, problem.value, problem.table, out, lse]
+    tensors = [case.query, case.key, case.value, case.table, out, lse]
     pointers = [machine.register(host_bytes(x), name) if x.numel() else 0 for x, name in zip(
         tensors, ("query", "key", "value", "table", "out", "lse"), strict=True)]  # fmt: skip
-    arguments = struct.pack("<6Q8i3qf4x", *pointers, *problem.sizes, *problem.strides, SCALE)
-    queries = problem.R * (problem.Hq // problem.Hkv)
-    grid = (problem.splits, problem.Hkv, -(-queries // (64 if half else 32)))
-    shared = (SHARED if half else SHARED_FLOAT)[problem.width]
+    arguments = struct.pack("<6Q8i3qf4x", *pointers, *case.sizes, *case.strides, SCALE)
+    queries = case.R * (case.Hq // case.Hkv)
+    grid = (case.splits, case.Hkv, -(-queries // (64 if half else 32)))
+    shared = (SHARED if half else SHARED_FLOAT)[case.width]
     report = machine.launch(Kernel(Module(text), entry), grid, [arguments], 128, shared)
-    problem.check(out, lse)
+    case.check(out, lse)
     return report
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("problem", DECODES, ids=str)
-def test_decode(problem, arch):
-    report = decode(ptx(arch), problem)
-    if problem.dtype != torch.float32:
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decode(case, arch):
+    report = decode(ptx(arch), case)
+    if case.dtype != torch.float32:
         assert any("mma.sync" in opcode for opcode in report.opcodes)
         assert any("cp.async" in opcode for opcode in report.opcodes)
 
@@ -72,18 +72,14 @@ def test_decode(problem, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_merge(arch):
     S, rows, D = 3, 21, 64
-    given = states(S, rows, D)
-    outs, lses, grad_out, grad_lse = given
-    out, lse, grad_outs, grad_lses = (torch.full_like(x, torch.nan) for x in (grad_out, grad_lse, outs, lses))
-    grid, sizes = (-(-rows // 4),), [S, rows, D]
-    ptxsim.run_ptx(ptx(arch), grid, 128, [outs, lses, out, lse, *sizes], "12merge_statesEPKf")
-    backward = [grad_out, grad_lse, outs, lses, out, lse, grad_outs, grad_lses, *sizes]
-    ptxsim.run_ptx(ptx(arch), grid, 128, backward, "21merge_states_backward")
-    check_merged(given, out, lse, (grad_outs, grad_lses))
+    outs, lses = states(S, rows, D)
+    out, lse = torch.full((rows, D), torch.nan), torch.full((rows,), torch.nan)
+    ptxsim.run_ptx(ptx(arch), (-(-rows // 4),), 128, [outs, lses, out, lse, S, rows, D], "12merge_statesEPKf")
+    check_merged((outs, lses), out, lse)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_pages(arch):
+def test_blocks_of_a_pool(arch):
     """5 blocks of 4 tokens of 3 units of 16 bytes, moved 16 bytes at a time."""
     pool, tokens = torch.randn(20, 12), torch.randn(6, 12)
     slots, blocks = torch.tensor([19, 0, 7, 8, 3, 12]), torch.tensor([4, 0, 2], dtype=torch.int32)
@@ -98,14 +94,14 @@ def test_pages(arch):
     assert torch.equal(gathered, expected.view(5, 48)[blocks.long()])
 
 
-@pytest.mark.parametrize("problem", [
-    Decode(torch.bfloat16, 8, 8, 1, 64, 256, 0, 128), Decode(torch.bfloat16, 8, 4, 1, 128, 128, 16, 64),
+@pytest.mark.parametrize("case", [
+    DecodeCase(torch.bfloat16, 8, 8, 1, 64, 256, 0, 128), DecodeCase(torch.bfloat16, 8, 4, 1, 128, 128, 16, 64),
 ], ids=str)  # fmt: skip
-def test_traffic_and_bank_conflicts(problem):
+def test_traffic_and_bank_conflicts(case):
     """Up to 64 queries: keys and values are read once, in whole sectors; shared memory without a bank conflict."""
-    report = decode(ptx("sm_80"), problem, count_traffic=True)
+    report = decode(ptx("sm_80"), case, count_traffic=True)
     copies = report.traffic["global.cp_async"]
-    once = 2 * problem.length * problem.Hkv * problem.D * 2
+    once = 2 * case.length * case.Hkv * case.D * 2
     assert 32 * copies.sectors <= 1.1 * once, f"{32 * copies.sectors / once:.2f} reads of the keys and values"
     assert copies.efficiency == 1
     for name in ("shared.ldmatrix", "shared.cp_async"):
@@ -114,14 +110,14 @@ def test_traffic_and_bank_conflicts(problem):
 
 @pytest.mark.parametrize("what, least", [("bar.sync", 1.0), ("cp.async.wait_group", 1.0)], ids=["barriers", "waits"])
 def test_dropped_synchronisation_is_noticed(what, least):
-    problem = Decode(torch.bfloat16, 8, 8, 1, 64, 192, 0, 192)
+    case = DecodeCase(torch.bfloat16, 8, 8, 1, 64, 192, 0, 192)
     text = ptx("sm_80")
     start = text.index(".entry", text.index("11decode_halfINS_4Bf16ELi64E") - 60)
     kernel = text[start : text.index("\n}", start)]
     caught = []
     for mutant in list(mutation.deletions(kernel, mutation.SYNCHRONISATION[what]))[:4]:
         try:
-            decode(text.replace(kernel, mutant), problem)
+            decode(text.replace(kernel, mutant), case)
             caught.append(False)
         except (ptxsim.PtxError, AssertionError):
             caught.append(True)
@@ -129,11 +125,11 @@ def test_dropped_synchronisation_is_noticed(what, least):
 
 
 def test_a_stride_that_conflicts_is_noticed():
-    problem = Decode(torch.bfloat16, 8, 8, 1, 64, 64, 0, 64)
+    case = DecodeCase(torch.bfloat16, 8, 8, 1, 64, 64, 0, 64)
     right = (SOURCES / "decode.cuh").read_text()
     wrong = right.replace("kStride = kWidth + 8;", "kStride = kWidth;")
     assert wrong != right, "the fault is seeded nowhere: the kernel has changed"
     source = wrong.replace('#include "platform.cuh"', f'#include "{SOURCES}/platform.cuh"').replace("#pragma once", "")
     source += "namespace opsdl {\ntemplate __global__ void decode_half<Bf16, 64>(DecodeArguments);\n}\n"
-    report = decode(ptxsim.compile_cuda(source, "sm_80"), problem, count_traffic=True)
+    report = decode(ptxsim.compile_cuda(source, "sm_80"), case, count_traffic=True)
     assert report.traffic["shared.ldmatrix"].bank_conflicts

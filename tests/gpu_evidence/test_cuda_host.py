@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_problems import DECODES, SOURCES, Decode, check_merged, missing, states
+
+from tests.support.gpu.prefix_cases import DECODE_CASES, SOURCES, DecodeCase, check_merged, missing, states
 
 pytestmark = pytest.mark.skipif(missing("g++") is not None, reason=str(missing("g++")))
 HERE = Path(__file__).parent
@@ -51,31 +52,29 @@ def result(folder, name, dtype=np.float32):
     return torch.from_numpy(np.fromfile(folder / name, dtype))
 
 
-def decode(program, folder, problem, seed=0):
-    tensors = {name: getattr(problem, name) for name in ("query", "key", "value", "table")}
-    name = str(problem.dtype).removeprefix("torch.")
-    numbers = [problem.width, seed, *problem.sizes, *problem.strides]
+def decode(program, folder, case, seed=0):
+    tensors = {name: getattr(case, name) for name in ("query", "key", "value", "table")}
+    name = str(case.dtype).removeprefix("torch.")
+    numbers = [case.width, seed, *case.sizes, *case.strides]
     done = run(program, folder, tensors, "decode", name, *numbers)
     assert done.returncode == 0, done.stderr[:2000]
-    problem.check(result(folder, "out"), result(folder, "lse"))
+    case.check(result(folder, "out"), result(folder, "lse"))
 
 
-@pytest.mark.parametrize("problem", DECODES, ids=str)
-def test_decode(problem, program, tmp_path):
-    decode(program, tmp_path, problem, seed=7)
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decode(case, program, tmp_path):
+    decode(program, tmp_path, case, seed=7)
 
 
-def test_merge_and_its_backward(program, tmp_path):
+def test_merge(program, tmp_path):
     for S, rows, D in ((1, 5, 64), (3, 130, 40), (40, 9, 128)):
         given = states(S, rows, D)
-        tensors = dict(zip(("outs", "lses", "grad_out", "grad_lse"), given, strict=True))
-        done = run(program, tmp_path, tensors, "merge_backward", 3, S, rows, D)
+        done = run(program, tmp_path, dict(zip(("outs", "lses"), given, strict=True)), "merge", 3, S, rows, D)
         assert done.returncode == 0, done.stderr[:2000]
-        grads = result(tmp_path, "grad_outs").view(S, rows, D), result(tmp_path, "grad_lses").view(S, rows)
-        check_merged(given, result(tmp_path, "out").view(rows, D), result(tmp_path, "lse"), grads)
+        check_merged(given, result(tmp_path, "out").view(rows, D), result(tmp_path, "lse"))
 
 
-def test_pages(program, tmp_path):
+def test_blocks_of_a_pool(program, tmp_path):
     """5 blocks of 4 tokens of 3 units of 16 bytes."""
     pool, tokens = torch.randn(20, 12), torch.randn(6, 12)
     slots, blocks = torch.tensor([19, 0, 7, 8, 3, 12]), torch.tensor([4, 0, 2])
@@ -103,7 +102,7 @@ FAULTS = {  # (file, right, wrong)
     "fetching beyond the last key": ("decode.cuh", "start + row < end && column < x.D", "column < x.D"),
     "rescaling of the old sum": ("decode.cuh", "state.sum[half] *= shrink;", ""),
     "the group's head": ("decode.cuh", "blockIdx.y * group + q % group", "blockIdx.y * group"),
-    "the page table": ("decode.cuh", "x.table[t / x.page_size]", "x.table[(t + 1) / x.page_size]"),
+    "the block table": ("decode.cuh", "x.table[t / x.block_size]", "x.table[(t + 1) / x.block_size]"),
     "the weight of an empty part": ("merge.cuh", "return isinf(lse) ? 0.f :", "return"),
 }  # fmt: skip
 
@@ -119,11 +118,11 @@ def test_a_fault_in_the_source_is_noticed(fault, tmp_path):
         (tmp_path / path.name).write_text(text)
     with pytest.raises(AssertionError):
         program = build(tmp_path, "address and undefined", tmp_path)
-        decode(program, tmp_path, Decode(torch.bfloat16, 3, 4, 2, 64, 150, 16, 128))
-        test_merge_and_its_backward(program, tmp_path)
+        decode(program, tmp_path, DecodeCase(torch.bfloat16, 3, 4, 2, 64, 150, 16, 128))
+        test_merge(program, tmp_path)
 
 
 def test_missing_barriers_are_noticed(tmp_path):
     program = build(tmp_path, "none", SOURCES, "-DNO_BARRIERS")
     with pytest.raises(AssertionError):
-        decode(program, tmp_path, Decode(torch.float32, 5, 4, 2, 64, 150, 0, 64), seed=5)
+        decode(program, tmp_path, DecodeCase(torch.float32, 5, 4, 2, 64, 150, 0, 64), seed=5)

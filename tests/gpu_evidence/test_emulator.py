@@ -4,11 +4,11 @@ The emulator raises on an access outside a tensor, a shared-memory race between 
 copy has landed, and a barrier that some threads miss.
 """
 
-import launches
-import problems
 import pytest
 import torch
+
 from opsdl.kernels import configs
+from tests.support.gpu import launches, loss_cases
 
 
 def emulated(inputs, arch, monkeypatch, **options):
@@ -16,7 +16,7 @@ def emulated(inputs, arch, monkeypatch, **options):
     monkeypatch.setattr(configs, "PROGRAMS", 2)  # so that a program merges several tiles
     reports = []
     with launches.substituted(lambda launch: reports.append(launches.emulate(launch, arch, **options))):
-        return problems.solve(inputs), reports
+        return loss_cases.solve(inputs), reports
 
 
 @pytest.mark.parametrize(
@@ -29,15 +29,15 @@ def emulated(inputs, arch, monkeypatch, **options):
 )
 @pytest.mark.parametrize("arch", [80, 90])
 def test_bf16(arch, variant, shape, monkeypatch):
-    inputs = problems.make(torch.bfloat16, *shape, seed=arch, **problems.VARIANTS[variant])
+    inputs = loss_cases.make(torch.bfloat16, *shape, seed=arch, **loss_cases.VARIANTS[variant])
     got, reports = emulated(inputs, arch, monkeypatch)
-    problems.check(inputs, got)
+    loss_cases.check(inputs, got)
     tensor_cores = {80: "mma.sync", 90: "wgmma.mma_async"}[arch]
     assert all(any(tensor_cores in opcode for opcode in report.opcodes) for report in reports)
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_fp32(arch, monkeypatch):
-    inputs = problems.make(torch.float32, 40, 36, 100, seed=arch, **problems.VARIANTS["one head, bias and cap"])
+    inputs = loss_cases.make(torch.float32, 40, 36, 100, seed=arch, **loss_cases.VARIANTS["one head, bias and cap"])
     got, _ = emulated(inputs, arch, monkeypatch)
-    problems.check(inputs, got)
+    loss_cases.check(inputs, got)

@@ -3,13 +3,12 @@
 import importlib
 from pathlib import Path
 
-import launches
-import problems
 import pytest
 import torch
+
 from opsdl.kernels import forward
 from opsdl.kernels.operands import Operands
-
+from tests.support.gpu import launches, loss_cases
 from tools import ptxsim
 from tools.ptxsim import mutation
 
@@ -30,7 +29,7 @@ FAULTS = {
 
 
 def small():
-    return problems.make(torch.bfloat16, 40, 72, 300, seed=1, teacher_size=24, tokens=True)
+    return loss_cases.make(torch.bfloat16, 40, 72, 300, seed=1, teacher_size=24, tokens=True)
 
 
 def noticed(run) -> bool:
@@ -59,7 +58,7 @@ def test_a_fault_in_the_source_is_noticed(fault, tmp_path, monkeypatch):
 
     def run():
         with launches.substituted(lambda launch: launches.emulate(launch, 80), name):
-            problems.check(inputs, problems.solve(inputs, name))
+            loss_cases.check(inputs, loss_cases.solve(inputs, name))
 
     inputs = small()
     assert noticed(run)
@@ -70,7 +69,7 @@ def test_a_fault_in_the_source_is_noticed(fault, tmp_path, monkeypatch):
 )
 def test_dropped_synchronisation_is_noticed(what, least):
     """One instruction deleted at a time from the moments kernel; some are redundant, so a share must be noticed."""
-    inputs = problems.make(torch.bfloat16, 40, 192, 144, seed=2)
+    inputs = loss_cases.make(torch.bfloat16, 40, 192, 144, seed=2)
     caught = []
 
     def survey(launch):

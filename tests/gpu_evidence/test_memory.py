@@ -2,14 +2,14 @@
 
 import weakref
 
-import launches
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsdl.losses import driver
-from opsdl.losses.call import Head, OwnHead, Problem, SharedHead
-from opsdl.losses.shards import Shards
+from opsdl.losses.call import Call, Wanted
+from opsdl.losses.values import Value
+from tests.support.gpu import launches
 
 MIB = 1 << 20
 
@@ -49,11 +49,13 @@ class Live(TorchDispatchMode):
 def test_at_most_64_mib_beyond_the_gradients(dtype, one_head, skip):
     tokens, size, vocabulary = 6000, 2048, 3000
     student, teacher = (torch.randn(tokens, size).to(dtype) for _ in range(2))
-    head, other = (Head(torch.randn(vocabulary, size).to(dtype), None, 1.0, None) for _ in range(2))
-    second = SharedHead(student, teacher, head) if one_head else OwnHead(teacher, other)
-    shards = Shards.of(vocabulary, None, student.device)
-    problem = Problem("kl", student, head, second, None, 1.0, None, skip, shards, padding=0)
-    scale = torch.rand(tokens)
+    head, other = (torch.randn(vocabulary, size).to(dtype) for _ in range(2))
+    call = Call(
+        hidden_NH=student, weight_VH=head, bias_V=None, teacher_hidden_NK=teacher,
+        teacher_weight_VK=None if one_head else other, teacher_bias_V=None, tokens_N=None, scale_N=torch.rand(tokens),
+        value=Value.KL, temperature=1.0, softcap=None, beta=1.0, clip=None, skip_tolerance=skip, vocab_size=vocabulary,
+        group="", backend="triton", wanted=Wanted(True, True, False),
+    )  # fmt: skip
     launched = []
 
     def launch(this):
@@ -61,8 +63,8 @@ def test_at_most_64_mib_beyond_the_gradients(dtype, one_head, skip):
         if this.name == "moments_kernel":
             this.arguments["moments_ptr"].fill_(1.0)
 
-    with launches.substituted(launch), Live(student, teacher, head.weight, other.weight, scale) as live:
-        driver.run(problem, scale, (True, True, False), "triton")
+    with launches.substituted(launch), Live(student, teacher, head, other, call.scale_N) as live:
+        driver.run(call)
     assert {"moments_kernel", "gradient_kernel", "product_kernel"} <= set(launched)
     gradients = tokens * size * dtype.itemsize + vocabulary * size * 4
     assert live.peak - gradients <= 64 * MIB, f"{(live.peak - gradients) / MIB:.1f} MiB"

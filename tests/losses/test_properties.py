@@ -14,9 +14,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import opsdl.losses as losses
 from opsdl.losses import fused_log_prob, fused_policy_reverse_kl, fused_reverse_kl, reference
 from opsdl.losses.arguments import token_scale
+from tests.support.losses import has
 
 FACTOR = 8  # C++ exp errs by 3.4 units where libm errs by 1; the rest is for the draw
 BF16_LOGITS = 2**-8  # of each entry of the gradient for the logits: rounded to bf16, from numbers kept in fp16
@@ -25,7 +25,7 @@ PAIRS = [
     ("cpu", torch.bfloat16), ("cpu", torch.float16), ("cpu", torch.float32),
     ("torch", torch.bfloat16), ("torch", torch.float16), ("torch", torch.float32), ("torch", torch.float64),
 ]  # fmt: skip
-PAIRS = [pair for pair in PAIRS if losses.available_backends()[pair[0]] == "available"]
+PAIRS = [pair for pair in PAIRS if has(pair[0])]
 quick = settings(
     derandomize=True, max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -33,9 +33,9 @@ quick = settings(
 
 @dataclass
 class Case:
-    """One call: kind, the tensors of `TENSORS` (None where absent), tokens, options, and what arrives from above."""
+    """One call: which loss, the tensors of `TENSORS` (None where absent), tokens, options, and the gradient's seed."""
 
-    kind: str
+    loss: str
     inputs: dict[str, torch.Tensor | None]
     tokens: torch.Tensor
     options: dict
@@ -50,14 +50,14 @@ class Case:
         given_ = self.inputs | {k: self.inputs[k].detach().requires_grad_() for k in student}
         options = self.options | changed | {"backend": backend, "return_stats": True}
         hidden, weight, bias, *teacher = (given_[k] for k in TENSORS)
-        if self.kind == "log_prob":
+        if self.loss == "log_prob":
             loss, stats = fused_log_prob(hidden, weight, self.tokens, bias=bias, **options)
-        elif self.kind == "kl":
+        elif self.loss == "kl":
             loss, stats = fused_reverse_kl(
                 hidden, weight, *teacher[:2], student_bias=bias, teacher_bias=teacher[2], **options
             )
         else:
-            baseline = "kl" if self.kind == "policy with baseline" else None
+            baseline = "kl" if self.loss == "policy with baseline" else None
             options |= dict(student_bias=bias, teacher_bias=teacher[2], baseline=baseline)
             loss, stats = fused_policy_reverse_kl(hidden, weight, *teacher[:2], self.tokens, **options)
         return loss, stats, [given_[k] for k in student]
@@ -106,9 +106,9 @@ class Case:
         more, V = (options["temperature"], options["softcap"]), options["vocab_size"]
         z = reference.logits(hidden, weight, bias, *more)
         own = (weight, bias) if teacher[1] is None else teacher[1:]
-        z_teacher = z if self.kind == "log_prob" else reference.logits(teacher[0], *own, *more)
+        z_teacher = z if self.loss == "log_prob" else reference.logits(teacher[0], *own, *more)
         z, z_teacher = z[:, :V], z_teacher[:, :V]
-        if self.kind == "kl":
+        if self.loss == "kl":
             factor = torch.where(z > -torch.inf, z - z_teacher, 0.0)
         else:
             factor = stats.get("advantage", torch.ones(len(z)))[:, None]
@@ -132,7 +132,7 @@ def strided(x, layout):
     return x
 
 
-near_tiles = st.sampled_from([1, 2, 127, 128, 129, 255, 256, 257, 385])
+tile_sizes = st.sampled_from([1, 2, 127, 128, 129, 255, 256, 257, 385])
 layouts = st.sampled_from(["contiguous", "transposed", "sliced"])
 
 
@@ -140,9 +140,9 @@ layouts = st.sampled_from(["contiguous", "transposed", "sliced"])
 def cases(draw, dtype, on_torch):
     generator = torch.Generator().manual_seed(seed := draw(st.integers(0, 2**31)))
     randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    kind = draw(st.sampled_from(["kl", "kl", "policy", "policy with baseline", "log_prob"]))
+    loss = draw(st.sampled_from(["kl", "kl", "policy", "policy with baseline", "log_prob"]))
     N, H = draw(st.integers(0, 70) | st.sampled_from([1, 64, 65])), draw(st.integers(1, 70))
-    V, padding = draw(st.integers(1, 400) | near_tiles), draw(st.sampled_from([0, 0, 1, 40]))
+    V, padding = draw(st.integers(1, 400) | tile_sizes), draw(st.sampled_from([0, 0, 1, 40]))
     shared = draw(st.booleans())
     K = H if shared else draw(st.integers(1, 70))
     scale, apart = 10 ** draw(st.floats(-2, 4)), 10 ** draw(st.floats(-3, 1))
@@ -151,13 +151,13 @@ def cases(draw, dtype, on_torch):
     inputs = dict.fromkeys(TENSORS)
     inputs["student_hidden"] = student * scale
     inputs["student_weight"] = strided(randn(V + padding, H) / H**0.5, draw(layouts))
-    beta = draw(st.sampled_from([0.0, 0.3, 1.0])) if on_torch and kind == "kl" else 1.0
+    beta = draw(st.sampled_from([0.0, 0.3, 1.0])) if on_torch and loss == "kl" else 1.0
     hole = draw(st.just(0) | st.integers(0, V - 1))  # entries that are padding by a bias of -inf
     biased = hole > 0 or draw(st.booleans())
     if biased:
         inputs["student_bias"] = randn(V + padding)
         inputs["student_bias"][V - hole : V] = -torch.inf
-    if kind != "log_prob":
+    if loss != "log_prob":
         inputs["teacher_hidden"] = strided(teacher * scale, draw(layouts))
         if not shared:
             inputs["teacher_weight"] = strided(randn(V + padding, K) / K**0.5, draw(layouts))
@@ -181,7 +181,7 @@ def cases(draw, dtype, on_torch):
     if draw(st.booleans()):
         options["token_weights"] = randn(N) * (torch.rand(N, generator=generator) < 0.8)
     tokens = torch.randint(V - hole, (N,), generator=generator)
-    case = Case(kind, inputs, tokens, options, seed)
+    case = Case(loss, inputs, tokens, options, seed)
     return case.map(torch.Tensor.double) if dtype == torch.float64 else case
 
 
@@ -222,9 +222,9 @@ def test_error_is_that_of_the_plain_formula(backend, dtype, data):
     if "kl" in true_stats:
         apart = (true_stats["kl"] > 0.5) | ((true_stats["student_lse"] - true_stats["teacher_lse"]).abs() > 40)
         of_kl = 2**-52 + unit * apart
-    if case.kind == "kl":
+    if case.loss == "kl":
         single = single + size * of_kl
-    elif case.kind == "log_prob":
+    elif case.loss == "log_prob":
         single = single + size * unit
     else:
         advantage = true_stats["advantage"].abs()

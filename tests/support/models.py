@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-
-from opsdl.prefix import Responses
 
 VOCABULARY = 97
 SHAPE = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
 )  # fmt: skip
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SHAPE),
-    "qwen2": lambda: Qwen2Config(**{k: v for k, v in SHAPE.items() if k != "head_dim"}),
-    "qwen3": lambda: Qwen3Config(**SHAPE),
-    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+CONFIGS = {  # of each family the class in transformers, and what differs from SHAPE
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {"head_dim": None}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
 }
 
 
 def make_model(kind="llama", dtype=torch.float64, seed=0):
+    import transformers
+
+    name, changes = CONFIGS[kind]
+    shape = {key: value for key, value in (SHAPE | changes).items() if key != "head_dim" or value}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), dtype=dtype)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**shape), dtype=dtype)
     # Plain initialisation leaves attention almost uniform; larger weights make every key matter.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -32,6 +33,9 @@ def make_model(kind="llama", dtype=torch.float64, seed=0):
 
 
 def make_group(lengths, prefix_length=11, seed=0):
+    """A random prefix [P], and responses of these lengths."""
+    from opsdl.prefix import Responses
+
     generator = torch.Generator().manual_seed(seed)
     prefix_P = torch.randint(VOCABULARY, (prefix_length,), generator=generator)
     tokens_GT = torch.randint(VOCABULARY, (len(lengths), max(lengths)), generator=generator)
@@ -47,6 +51,31 @@ def separate_rows(model, prefix_P, responses):
         hidden_LH = model.base_model(row[None], use_cache=False).last_hidden_state[0]
         out.append(torch.nn.functional.pad(hidden_LH[len(prefix_P) - 1 :], (0, 0, 0, tokens_T.shape[0] - length)))
     return torch.stack(out)
+
+
+def gradients(model, hidden, weight):
+    """The gradient of sum(hidden * weight) for every parameter that has one."""
+    model.zero_grad()
+    (hidden * weight).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def rollout(model, prefix, seed=0, **changes):
+    """Eight sampled responses of at most twelve tokens."""
+    from opsdl.prefix import generate
+
+    options = dict(num_responses=8, max_new_tokens=12, temperature=1.0, eos_token_id=[7, 3])
+    return generate(model, prefix, **{**options, **changes}, generator=torch.Generator().manual_seed(seed))
+
+
+def same(a, b):
+    """Whether two groups of responses are equal to the bit."""
+    return all(torch.equal(x, y) for x, y in ((a.tokens, b.tokens), (a.mask, b.mask), (a.log_probs, b.log_probs)))
+
+
+def token_bytes(prefix):
+    """The bytes of one token's keys and values."""
+    return sum(x[:, :, :1].nbytes for pair in prefix.layers.values() for x in pair)
 
 
 def relative(x, expected):

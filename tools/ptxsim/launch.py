@@ -12,14 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .async_copy import TensorMap
 from .machine import Machine, RunReport
 from .parser import Kernel, Module
-
-try:
-    from .. import triton_aot  # this folder is a package of your project
-except ImportError:
-    import triton_aot  # this folder is on sys.path
+from .tensor_map import TensorMap
 
 _SWIZZLE_BYTES = {0: 16, 1: 32, 2: 64, 3: 128}
 
@@ -101,6 +96,8 @@ def run_triton(
     count_traffic    also count memory sectors and bank conflicts: report.traffic
     edit_ptx         function applied to the PTX before it runs (mutation tests)
     """
+    from .. import triton_aot  # it imports Triton, which PTX by hand does without
+
     constexprs = constexprs or {}
     args = triton_aot.name_arguments(kernel, args, constexprs)
     compiled = triton_aot.compile(
@@ -127,6 +124,8 @@ def _address(tensor):
 
 
 def _triton_params(machine, args, metadata):
+    from .. import triton_aot
+
     params = []
     tensor_maps = iter(getattr(metadata, "tensordesc_meta", None) or [])
     for name, value in args.items():

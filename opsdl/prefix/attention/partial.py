@@ -8,8 +8,9 @@ Backward: the gradient of either part is the ordinary flash backward of that par
 (P = exp(S - lse) are then the probabilities of the whole, and rowsum(dO * O) its correction). Autograd through two
 flash calls and a merge would be wrong: the lse output of a flash call carries no gradient.
 
-On a CPU the parts are the operators of csrc/cpu/attention*.cpp, on a GPU those of flash.py; where those are missing or
-do not take the operands, torch's CPU flash operator or the formulas. All accumulate and return float32 at least.
+On a CPU the parts are the operators of csrc/cpu/prefix/attention*.cpp, on a GPU those of flash.py; where those are
+missing or do not take the operands, torch's CPU flash operator or the formulas. All accumulate and return float32 at
+least.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor
 from opsdl import extension
 from opsdl.prefix.attention.operators import fallback
 
+KeyValue = tuple[Tensor, Tensor]  # keys and values [B, Hkv, L, D] of the same tokens in one layer
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -27,9 +30,20 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 def attend(
     query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention over one set of keys. Returns out [B, Hq, Lq, D] and natural-log lse [B, Hq, Lq] (fp32, fp64 for fp64).
+    """Attend over one set of keys, whole or causally.
 
-    `causal` needs Lq == Lk. Raises ValueError on shapes and dtypes that no operator takes.
+    Args:
+        query_BHLD: [B, Hq, Lq, D], any float dtype.
+        key_BHLD: [B, Hkv, Lk, D], Hq a multiple of Hkv.
+        value_BHLD: As the keys.
+        scale: The factor of the scores.
+        causal: Whether query i sees keys up to i only; then Lq == Lk.
+
+    Returns:
+        out [B, Hq, Lq, D] and natural-log lse [B, Hq, Lq], float32 (float64 for float64).
+
+    Raises:
+        ValueError: Shapes or dtypes that no operator takes.
     """
     check(query_BHLD, key_BHLD, value_BHLD, causal)
     inputs = query_BHLD, key_BHLD, value_BHLD
@@ -42,9 +56,21 @@ def attend_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool,
     key_value: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dQ, dK, dV of one part, from the merged `out` and `lse` of all parts. Shapes and dtypes as in `attend`.
+    """Differentiate one part, given the merged `out` and `lse` of all parts.
 
-    `out` may be rounded to the operands' dtype. Without `key_value` dK and dV are not computed, and are empty.
+    Args:
+        grad_out: The gradient for the merged out, [B, Hq, Lq, D].
+        query: [B, Hq, Lq, D], as given to `attend`.
+        key: [B, Hkv, Lk, D], as given to `attend`.
+        value: [B, Hkv, Lk, D], as given to `attend`.
+        out: Merged over all parts; it may be rounded to the operands' dtype.
+        lse: Merged over all parts; inf for a query that is to have no part in this.
+        scale: The factor of the scores, as given to `attend`.
+        causal: As given to `attend`.
+        key_value: Whether dK and dV are wanted; they are empty tensors otherwise.
+
+    Returns:
+        dQ, dK, dV of this part, float32 (float64 for float64).
     """
     if dtype := _native_dtype(query):
         inputs = (grad_out, *(x.to(dtype) for x in (query, key, value)), out, lse)
@@ -64,7 +90,7 @@ def merge(out_1: Tensor, lse_1: Tensor, out_2: Tensor, lse_2: Tensor) -> tuple[T
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> None:
-    """Raises ValueError on what an operator might crash on."""
+    """Raise ValueError on what an operator might crash on."""
     ok = (
         query.ndim == key.ndim == 4
         and min(query.numel(), key.numel()) > 0

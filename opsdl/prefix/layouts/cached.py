@@ -1,54 +1,66 @@
-"""The layouts of a stream: a prefix alone, and rows over cached prefixes; a prefix with its rows is in tree.py.
-
-Each layout answers `attend(layer, query, key, value, scale)` for the tokens of its stream.
-"""
+"""The layouts of a prefill and of what runs over it: a prefix alone, responses, continuations."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from opsdl.prefix.layouts.rows import CausalAttention, RowsAttention
-from opsdl.prefix.responses import KeyValue, Ragged
+from opsdl.prefix.attention.partial import KeyValue
+from opsdl.prefix.layouts.stream import Run, Stream, StreamAttention
+from opsdl.prefix.memory.cache import PrefixCache, by_part
 
 
 class PrefixLayout:
     """A prefix by itself; keeps every layer's keys and values."""
 
-    def __init__(self):
+    def __init__(self, length: int, device: torch.device) -> None:
         self.layers: dict[int, KeyValue] = {}
+        self.stream = Stream([(0, length)], device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.layers[layer] = (key, value)
-        return CausalAttention.apply(query, key, value, scale)
+        return StreamAttention.apply(query, key, value, self.stream, scale)
 
 
-class RowsLayout:
-    """Rows alone, each over the keys and values of a cached prefix.
+class CachedLayout:
+    """Packed sequences, each over its cached prefix; what prefixes share is read once for all of their sequences.
 
-    prefixes: for each prefix its layers, and how many consecutive packed tokens are of its rows.
+    Args:
+        prefixes: The caches, in the order of the stream.
+        lengths: For each prefix the lengths of the sequences that follow it.
+        detach: Whether the cached keys and values are constants.
     """
 
-    def __init__(self, rows: Ragged, prefixes: list[tuple[dict[int, KeyValue], int]]):
-        self.rows, self.prefixes = rows, prefixes
+    def __init__(
+        self, prefixes: Sequence[PrefixCache], lengths: Sequence[Sequence[int]], *, detach: bool = False
+    ) -> None:
+        parts = by_part(prefixes, [sum(of_prefix) for of_prefix in lengths])
+        self.cached, self.detach = [part.layers for _, part, _ in parts], detach
+        sequences = _consecutive([length for of_prefix in lengths for length in of_prefix])
+        self.stream = Stream(sequences, prefixes[0].tokens.device, readers=[runs for *_, runs in parts])
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        cached = [x for layers, _ in self.prefixes for x in layers[layer]]
-        counts = [count for _, count in self.prefixes]
-        return RowsAttention.apply(query, key, value, self.rows, counts, scale, *cached)
+        outside = [x.detach() if self.detach else x for layers in self.cached for x in layers[layer]]
+        return StreamAttention.apply(query, key, value, self.stream, scale, *outside)
 
 
 class ExtendLayout:
-    """Several continuations of one cached prefix, a row each; keeps for each the keys and values of the whole."""
+    """Several continuations of one cached prefix; keeps for each of them its own keys and values, and no others."""
 
-    def __init__(self, rows: Ragged, cached: dict[int, KeyValue]):
-        self.cached, self.lengths = cached, rows.mask.sum(1).tolist()
-        self.over = RowsLayout(rows, [(cached, sum(self.lengths))])
-        self.layers: list[dict[int, KeyValue]] = [{} for _ in self.lengths]
+    def __init__(self, parent: PrefixCache, lengths: Sequence[int]) -> None:
+        self.over, self.lengths = CachedLayout([parent], [lengths]), list(lengths)
+        self.own: list[dict[int, KeyValue]] = [{} for _ in lengths]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        old_key, old_value = self.cached[layer]
-        news = zip(key.split(self.lengths, 2), value.split(self.lengths, 2), strict=True)
-        for layers, (new_key, new_value) in zip(self.layers, news, strict=True):
-            layers[layer] = (torch.cat([old_key, new_key], 2), torch.cat([old_value, new_value], 2))
+        pairs = zip(key.split(self.lengths, 2), value.split(self.lengths, 2), strict=True)
+        for layers, pair in zip(self.own, pairs, strict=True):
+            layers[layer] = pair
         return self.over.attend(layer, query, key, value, scale)
+
+
+def _consecutive(lengths: Sequence[int]) -> list[Run]:
+    ends = list(accumulate(lengths))
+    return list(zip([0, *ends[:-1]], ends, strict=True))

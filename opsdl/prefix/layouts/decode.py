@@ -1,74 +1,77 @@
-"""The layout of decoding: rows that grow by a token a step, over cached prefixes that are each read once a step."""
+"""The layout of decoding: responses that grow by a token a step, over cached prefixes that are read once a step."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from opsdl.prefix.attention import partial, states
-from opsdl.prefix.memory.cache import PrefixCache
+from opsdl.prefix.layouts.stream import put, take
+from opsdl.prefix.memory.cache import PooledPart, PrefixCache, by_part
 from opsdl.prefix.memory.pool import KeyValuePool
 
 
 class DecodeLayout:
-    """`count` rows of each cached prefix, their own tokens in the blocks of a pool.
+    """R responses, `count` of each cached prefix, their own tokens in the blocks of a pool.
 
-    Prefixes that lie in one pool have forks as rows; otherwise the rows get a pool of their own. Used as a context, so
-    that the rows' blocks are free again however decoding ends.
+    What prefixes share is read once for all of their responses. Where all prefixes end in one pool the responses are
+    forks there; otherwise they get a pool of their own. Used as a context, so that the responses' blocks are free again
+    however decoding ends.
     """
 
-    def __init__(self, prefixes: list[PrefixCache], count: int, max_new_tokens: int):
-        self.prefixes = [(_Prefix(prefix), count) for prefix in prefixes]
-        self.pool = prefixes[0].pool
-        if self.pool is None or any(prefix.pool is not self.pool for prefix in prefixes):
-            self.pool = KeyValuePool.of(prefixes[0].layers, len(prefixes) * count, max_new_tokens)
-            self.rows = [self.pool.create() for _ in range(len(prefixes) * count)]
+    def __init__(self, prefixes: Sequence[PrefixCache], count: int, max_new_tokens: int) -> None:
+        self.prefixes, self.counts = prefixes, [count] * len(prefixes)
+        ends = [prefix.parts[-1] for prefix in prefixes]
+        pooled = [end for end in ends if isinstance(end, PooledPart)]
+        if len(pooled) == len(ends) and all(end.pool is pooled[0].pool for end in pooled):
+            self.pool = pooled[0].pool
+            self.sequences = [self.pool.fork(end.sequence) for end in pooled for _ in range(count)]
         else:
-            self.rows = [self.pool.fork(prefix.sequence) for prefix in prefixes for _ in range(count)]
-        self.slots_RT: Tensor | None = None  # where the rows' own tokens are, those of this step included
+            self.pool = KeyValuePool.of(ends[0].layers, len(prefixes) * count, max_new_tokens)
+            self.sequences = [self.pool.create() for _ in range(len(prefixes) * count)]
+        # Where the responses' own tokens are, those of this step included.
+        self.slots_RT = torch.empty(len(self.sequences), 0, dtype=torch.int64, device=prefixes[0].tokens.device)
+        self.parts = by_part(self.prefixes, self.counts)
 
     def __enter__(self) -> DecodeLayout:
         return self
 
-    def __exit__(self, *_) -> None:
-        self.pool.free(self.rows)
+    def __exit__(self, *_: object) -> None:
+        self.pool.free(self.sequences)
 
     def grow(self) -> None:
-        """Begin a step: room for a token in every row."""
-        slots_R1 = self.pool.extend(self.rows, 1)[:, None]
-        self.slots_RT = slots_R1 if self.slots_RT is None else torch.cat([self.slots_RT, slots_R1], 1)
+        """Begin a step: make room for a token in every response."""
+        self.slots_RT = torch.cat([self.slots_RT, self.pool.extend(self.sequences, 1)[:, None]], 1)
 
-    def keep(self, rows_R: Tensor) -> None:
-        """Free the rows that are False in `rows_R` [R]."""
-        kept = rows_R.tolist()
-        self.pool.free([row for row, stays in zip(self.rows, kept, strict=True) if not stays])
-        self.rows = [row for row, stays in zip(self.rows, kept, strict=True) if stays]
-        counts = [int(part.sum()) for part in rows_R.split([count for _, count in self.prefixes])]
-        self.prefixes = [(prefix, count) for (prefix, _), count in zip(self.prefixes, counts, strict=True) if count]
-        self.slots_RT = self.slots_RT[rows_R]
+    def keep(self, alive_R: Tensor) -> None:
+        """Free the responses that are False in `alive_R` [R]."""
+        alive = alive_R.tolist()
+        self.pool.free([sequence for sequence, stays in zip(self.sequences, alive, strict=True) if not stays])
+        self.sequences = [sequence for sequence, stays in zip(self.sequences, alive, strict=True) if stays]
+        self.counts = [int(of_prefix.sum()) for of_prefix in alive_R.split(self.counts)]
+        self.slots_RT = self.slots_RT[alive_R]
+        self.parts = [
+            (number, part, filled)
+            for number, part, runs in by_part(self.prefixes, self.counts)
+            if (filled := [(start, end) for start, end in runs if end > start])
+        ]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [R, Hq, 1, D], key and value [R, Hkv, 1, D] of this step's tokens."""
+        """Attend with query [R, Hq, 1, D], key and value [R, Hkv, 1, D] of this step's tokens."""
         self.pool.write(layer, self.slots_RT[:, -1], key[:, :, 0], value[:, :, 0])
-        out_own, lse_own = partial.attend(query, *self.pool.at(layer, self.slots_RT), scale, causal=False)
-        groups = query[:, :, 0].split([count for _, count in self.prefixes])
-        parts = [prefix.attend(layer, group, scale) for group, (prefix, _) in zip(groups, self.prefixes, strict=True)]
-        out, lse = (torch.cat(x) for x in zip(*parts, strict=True))
-        out, _ = partial.merge(out[:, :, None], lse[..., None], out_own, lse_own)
-        return out.to(query.dtype)
-
-
-class _Prefix:
-    """A prefix as decoding reads it: where it lies, in tensors or in the blocks of a pool."""
-
-    def __init__(self, cache: PrefixCache):
-        self.pool, self.length = cache.pool, cache.length - 1
-        self.table = None if self.pool is None else self.pool.table(cache.sequence)
-        self.layers = cache.layers if self.pool is None else None
-
-    def attend(self, layer: int, query_RHD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if self.pool is None:
-            key, value = (x[0].transpose(0, 1) for x in self.layers[layer])
-        else:
-            key, value = self.pool.pools(layer)
-        return states.prefix_decode(query_RHD, key, value, scale, length=self.length, block_table=self.table)
+        own_key, own_value = self.pool.at(layer, self.slots_RT)
+        own_out, own_lse = partial.attend(query, own_key, own_value, scale, causal=False)
+        query_RHD = query[:, :, 0]
+        count = 1 + max(number for number, *_ in self.parts) + 1
+        # A prefix of fewer parts than another leaves states without keys, whose out is never read.
+        out_SRHD = own_out.new_empty(count, *query_RHD.shape)
+        lse_SRH = own_lse.new_full((count, *query_RHD.shape[:2]), -torch.inf)
+        out_SRHD[-1], lse_SRH[-1] = own_out[:, :, 0], own_lse[:, :, 0]
+        for number, part, runs in self.parts:
+            out, lse = part.decode(layer, take(query_RHD, runs, 0), scale)
+            put(out_SRHD[number], runs, 0, out)
+            put(lse_SRH[number], runs, 0, lse)
+        out_RHD, _ = states.merge_states(out_SRHD, lse_SRH)
+        return out_RHD[:, :, None].to(query.dtype)

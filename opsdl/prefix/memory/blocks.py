@@ -6,8 +6,8 @@
     response = ledger.fork(prefix)                  # shares the 40 tokens; costs the same for any length
     ledger.free(prefix)                             # its blocks are held on, for the response
 
-A slot is block * block_size + place. `append` gives all sequences room or raises OutOfBlocks and changes nothing; any
-use of a freed sequence raises FreedSequence.
+A slot is block * block_size + place. `append` gives all sequences room or raises OutOfBlocksError and changes nothing;
+any use of a freed sequence raises FreedSequenceError.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 try:
-    from opsdl._blocks import BlockLedger, FreedSequence, OutOfBlocks
+    from opsdl._blocks import BlockLedger, FreedSequenceError, OutOfBlocksError
 except ImportError:  # the extension was not built
     BlockLedger = None
 
 
-class _OutOfBlocks(MemoryError):
+class _OutOfBlocksError(MemoryError):
     """There are fewer free blocks than an append needs."""
 
 
-class _FreedSequence(RuntimeError):
+class _FreedSequenceError(RuntimeError):
     """A sequence was used after it was freed."""
 
 
@@ -46,7 +46,8 @@ class PythonLedger:
         if blocks < 1 or block_size < 1:
             raise ValueError("BlockLedger: expected blocks and block_size above 0")
         self._blocks, self._size, self._free = blocks, block_size, list(range(blocks))[::-1]
-        self._nodes, self._next = {}, 0
+        self._nodes: dict[int, _Node] = {}
+        self._next = 0
 
     def create(self) -> int:
         return self._add(_Node(None, 0, 0))
@@ -64,7 +65,7 @@ class PythonLedger:
         nodes = [self._get(sequence) for sequence in sequences]
         needed = sum(self._needed(node, count) for node in nodes)
         if needed > len(self._free):
-            raise OutOfBlocks(
+            raise OutOfBlocksError(
                 f"out of blocks: {needed} blocks of {self._size} tokens are needed, {len(self._free)} of {self._blocks}"
                 " are free; free sequences, or give the pool more bytes"
             )
@@ -88,14 +89,15 @@ class PythonLedger:
 
     def free(self, sequence: int) -> None:
         self._get(sequence).freed = True
-        while sequence is not None:
-            node = self._nodes[sequence]
+        held: int | None = sequence
+        while held is not None:
+            node = self._nodes[held]
             node.holders -= 1
             if node.holders:
                 return
             self._free += node.own[::-1]
-            del self._nodes[sequence]
-            sequence = node.parent
+            del self._nodes[held]
+            held = node.parent
 
     @property
     def free_blocks(self) -> int:
@@ -109,7 +111,7 @@ class PythonLedger:
     def _get(self, sequence: int) -> _Node:
         node = self._nodes.get(sequence)
         if node is None or node.freed:
-            raise FreedSequence("the sequence was freed before")
+            raise FreedSequenceError("the sequence was freed before")
         return node
 
     def _needed(self, node: _Node, count: int) -> int:
@@ -122,14 +124,15 @@ class PythonLedger:
     def _table(self, node: _Node) -> list[int]:
         end = -(-node.length // self._size)
         out = [0] * end
-        while end:
+        while True:
             first = node.shared // self._size
             if node.own:
                 out[first:end] = node.own[: end - first]
                 end = min(end, first)
-            node = self._nodes.get(node.parent)
-        return out
+            if not end or node.parent is None:
+                return out
+            node = self._nodes[node.parent]
 
 
 if BlockLedger is None:
-    BlockLedger, OutOfBlocks, FreedSequence = PythonLedger, _OutOfBlocks, _FreedSequence
+    BlockLedger, OutOfBlocksError, FreedSequenceError = PythonLedger, _OutOfBlocksError, _FreedSequenceError

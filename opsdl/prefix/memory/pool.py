@@ -1,7 +1,7 @@
 """Keys and values of many sequences in blocks: what a fork shares is held once, what is freed is used again.
 
 pool = KeyValuePool(budget_bytes=2 << 30)
-prefix = prefill(model, prefix_ids, pool=pool)         # in blocks of the pool
+prefix = prefill(model, prefix_ids, pool=pool)             # in blocks of the pool
 responses = generate(model, prefix, num_responses=8, ...)  # forks: one copy of the prefix, own tokens in blocks
 prefix.free()
 """
@@ -14,31 +14,36 @@ import torch
 from torch import Tensor
 
 from opsdl.prefix.attention.operators import fallback
-from opsdl.prefix.memory.blocks import BlockLedger, FreedSequence, OutOfBlocks
-from opsdl.prefix.responses import KeyValue
-
-__all__ = ["FreedSequence", "KeyValuePool", "OutOfBlocks"]
+from opsdl.prefix.attention.partial import KeyValue
+from opsdl.prefix.memory.blocks import BlockLedger
 
 
 class KeyValuePool:
-    """Blocks of `block_size` tokens within `budget_bytes`, over all layers of one model.
+    """Blocks of tokens within a budget of bytes, over all layers of one model.
 
     The tensors [blocks, block_size, Hkv, D] are made at the first use, which says how many layers, heads and numbers
-    there are; later uses must agree. Raises OutOfBlocks (a MemoryError) where an append does not fit, before
-    anything is written, FreedSequence (a RuntimeError) for a freed sequence, ValueError for a budget below one block.
+    there are; later uses must agree.
+
+    Args:
+        budget_bytes: What all blocks may take together.
+        block_size: Tokens of a block.
+
+    Raises:
+        OutOfBlocksError: A MemoryError, where an append does not fit; nothing is written then.
+        FreedSequenceError: A RuntimeError, where a freed sequence is used.
+        ValueError: A budget below one block, or keys and values of another form than those before.
     """
 
-    def __init__(self, budget_bytes: int, *, block_size: int = 16):
+    def __init__(self, budget_bytes: int, *, block_size: int = 16) -> None:
         self.budget_bytes, self.block_size = budget_bytes, block_size
-        self._layers: dict[int, KeyValue] = {}  # pools of keys and of values
-        self._ledger: BlockLedger | None = None
+        self._layers: dict[int, KeyValue] = {}  # all blocks of keys and of values
+        self._made_ledger: BlockLedger | None = None
 
     @classmethod
     def of(cls, like: dict[int, KeyValue], sequences: int, tokens: int, *, block_size: int = 16) -> KeyValuePool:
-        """Room for so many sequences of so many tokens, of keys and values like these."""
-        token_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for pair in like.values() for x in pair)
+        """A pool with room for so many sequences of so many tokens, of keys and values like these."""
         blocks = sequences * -(-tokens // block_size)
-        pool = cls(blocks * block_size * token_bytes, block_size=block_size)
+        pool = cls(blocks * block_size * _token_bytes(like), block_size=block_size)
         pool.adopt(like)
         return pool
 
@@ -56,25 +61,37 @@ class KeyValuePool:
             )
 
     def _make(self, like: dict[int, KeyValue]) -> None:
-        block_bytes = sum(x.shape[1] * x.shape[3] * x.element_size() for pair in like.values() for x in pair)
-        block_bytes *= self.block_size
+        block_bytes = _token_bytes(like) * self.block_size
         blocks = self.budget_bytes // block_bytes
         if blocks < 1:
             raise ValueError(f"pool: a budget of {self.budget_bytes} bytes; expected {block_bytes}, a block, at least")
-        self._ledger, self.block_bytes = BlockLedger(blocks, self.block_size), block_bytes
-        for layer, pair in like.items():
-            self._layers[layer] = tuple(
-                x.new_empty(blocks, self.block_size, x.shape[1], x.shape[3], requires_grad=False) for x in pair
-            )
-        self.blocks = blocks
+
+        def empty(x: Tensor) -> Tensor:
+            return x.new_empty(blocks, self.block_size, x.shape[1], x.shape[3], requires_grad=False)
+
+        self._made_ledger, self.blocks = BlockLedger(blocks, self.block_size), blocks
+        self._layers = {layer: (empty(key), empty(value)) for layer, (key, value) in like.items()}
+
+    @property
+    def _ledger(self) -> BlockLedger:
+        if self._made_ledger is None:
+            raise RuntimeError("pool: nothing was stored yet; expected `store` or `adopt` before")
+        return self._made_ledger
+
+    @property
+    def token_bytes(self) -> int:
+        """The bytes of one token's keys and values in all layers."""
+        return sum(x[0, 0].nbytes for pair in self._layers.values() for x in pair)
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the blocks that hold tokens."""
-        return 0 if self._ledger is None else (self.blocks - self._ledger.free_blocks) * self.block_bytes
+        """The bytes of the blocks that hold tokens."""
+        if self._made_ledger is None:
+            return 0
+        return (self.blocks - self._made_ledger.free_blocks) * self.block_size * self.token_bytes
 
     def store(self, layers: dict[int, KeyValue]) -> int:
-        """A new sequence with these keys and values [1, Hkv, L, D]. Returns it."""
+        """Make a sequence of these keys and values [1, Hkv, L, D]. Returns it."""
         self.adopt(layers)
         sequence = self._ledger.create()
         try:
@@ -87,11 +104,11 @@ class KeyValuePool:
         return sequence
 
     def create(self) -> int:
-        """A new, empty sequence; `adopt` must have been called."""
+        """Make an empty sequence; `adopt` must have been called. Returns it."""
         return self._ledger.create()
 
     def fork(self, sequence: int) -> int:
-        """A sequence that shares all tokens of this one, at a cost that does not depend on their number."""
+        """Make a sequence that shares all tokens of this one, at a cost that does not depend on their number."""
         return self._ledger.fork(sequence)
 
     def free(self, sequences: Sequence[int]) -> None:
@@ -102,54 +119,65 @@ class KeyValuePool:
             self._ledger.free(sequence)
 
     def extend(self, sequences: Sequence[int], count: int) -> Tensor:
-        """Room for `count` more tokens in each sequence. Returns their slots, int64 [len(sequences) * count]."""
+        """Make room for `count` more tokens in each sequence. Returns their slots, int64 [len(sequences) * count]."""
         slots, copies = self._ledger.append(list(sequences), count)
-        device = self._layers[next(iter(self._layers))][0].device
         if copies:
-            sources, targets = torch.tensor(copies, device=device).T.contiguous()
-            for pool in (x for pair in self._layers.values() for x in pair):
-                torch.ops.opsdl.copy_blocks(pool, sources, targets)
-        return torch.tensor(slots, dtype=torch.int64, device=device)
+            sources, targets = torch.tensor(copies, device=self._device).T.contiguous()
+            for blocks in (x for pair in self._layers.values() for x in pair):
+                torch.ops.opsdl.copy_blocks(blocks, sources, targets)
+        return torch.tensor(slots, dtype=torch.int64, device=self._device)
 
     def write(self, layer: int, slots_N: Tensor, key_NHD: Tensor, value_NHD: Tensor) -> None:
         """Put tokens into slots that `extend` gave."""
         slots_N = slots_N.contiguous()
-        for pool, tokens in zip(self._layers[layer], (key_NHD, value_NHD), strict=True):
-            torch.ops.opsdl.append_tokens(pool, tokens.detach(), slots_N)
+        for blocks, tokens in zip(self._layers[layer], (key_NHD, value_NHD), strict=True):
+            torch.ops.opsdl.append_tokens(blocks, tokens.detach(), slots_N)
 
     def at(self, layer: int, slots_RT: Tensor) -> KeyValue:
-        """Keys and values [R, Hkv, T, D] of these slots."""
-        return tuple(pool.flatten(0, 1)[slots_RT].transpose(1, 2) for pool in self._layers[layer])
+        """The keys and values [R, Hkv, T, D] of these slots, copied."""
+        key, value = (blocks.flatten(0, 1)[slots_RT].transpose(1, 2) for blocks in self._layers[layer])
+        return key, value
 
-    def pools(self, layer: int) -> KeyValue:
+    def storage(self, layer: int) -> KeyValue:
         """All blocks of keys and of values [blocks, block_size, Hkv, D]."""
         return self._layers[layer]
 
+    def length(self, sequence: int) -> int:
+        """The number of tokens of a sequence. Raises FreedSequenceError if it was freed."""
+        return self._ledger.length(sequence)
+
     def table(self, sequence: int) -> Tensor:
-        """int32: the blocks that hold a sequence, in their order."""
-        blocks = torch.tensor(self._ledger.blocks(sequence), dtype=torch.int32)
-        return blocks.to(next(iter(self._layers.values()))[0].device)
+        """The blocks that hold a sequence, in their order, int32."""
+        return torch.tensor(self._ledger.blocks(sequence), dtype=torch.int32).to(self._device)
 
     def layers(self, sequence: int) -> dict[int, KeyValue]:
         """Keys and values [1, Hkv, L, D] of a sequence: where they lie if its blocks are consecutive, else copied."""
-        blocks, length = self._ledger.blocks(sequence), self._ledger.length(sequence)
-        if not blocks:
+        numbers, length = self._ledger.blocks(sequence), self._ledger.length(sequence)
+        if not numbers:
             raise ValueError("pool: the sequence is empty; expected a token at least")
-        if blocks == list(range(blocks[0], blocks[0] + len(blocks))):
+        consecutive = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        table = self.table(sequence)
 
-            def read(pool):
-                return pool[blocks[0] : blocks[-1] + 1].flatten(0, 1)[:length]
-        else:
-            table = self.table(sequence)
+        def read(blocks: Tensor) -> Tensor:
+            if consecutive:
+                tokens_LHD = blocks[numbers[0] : numbers[-1] + 1].flatten(0, 1)[:length]
+            else:
+                tokens_LHD = torch.ops.opsdl.gather_tokens(blocks, table, length)
+            return tokens_LHD.transpose(0, 1)[None]
 
-            def read(pool):
-                return torch.ops.opsdl.gather_tokens(pool, table, length)
+        return {layer: (read(keys), read(values)) for layer, (keys, values) in self._layers.items()}
 
-        return {layer: tuple(read(x).transpose(0, 1)[None] for x in pair) for layer, pair in self._layers.items()}
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._layers.values()))[0].device
 
 
-def _form(x_1HLD: Tensor) -> tuple:
+def _form(x_1HLD: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
     return x_1HLD.shape[1], x_1HLD.shape[3], x_1HLD.dtype, x_1HLD.device
+
+
+def _token_bytes(like: dict[int, KeyValue]) -> int:
+    return sum(x.shape[1] * x.shape[3] * x.element_size() for pair in like.values() for x in pair)
 
 
 @fallback("append_tokens")

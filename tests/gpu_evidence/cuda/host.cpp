@@ -1,7 +1,6 @@
 // The kernels of csrc/cuda on the host, for sanitizers: reads raw tensors from a folder and writes what the kernels give.
-//   host FOLDER decode TYPE WIDTH SEED R Hq Hkv D length page_size pages keys_per_split token_stride head_stride page_stride
+//   host FOLDER decode TYPE WIDTH SEED R Hq Hkv D length block_size blocks keys_per_split token_stride head_stride block_stride
 //   host FOLDER merge SEED S rows D
-//   host FOLDER merge_backward SEED S rows D
 //   host FOLDER append|gather|copy SEED count units limit
 #define SHIM_IMPL
 #include "cuda_shim.h"
@@ -13,9 +12,9 @@
 #include <iterator>
 #include <string>
 
+#include "blocks.cuh"
 #include "decode.cuh"
 #include "merge.cuh"
-#include "paged.cuh"
 
 using namespace opsdl;
 
@@ -42,9 +41,9 @@ struct Numbers {
 };
 
 template <class Kernel>
-void run_decode(Kernel kernel, size_t shared, int queries_a_block, const DecodeArguments& x, int seed) {
+void run_decode(Kernel kernel, size_t shared, int queries_each, const DecodeArguments& x, int seed) {
   const int queries = x.R * (x.Hq / x.Hkv), splits = (x.length + x.keys_per_split - 1) / x.keys_per_split;
-  const dim3 grid(splits, x.Hkv, (queries + queries_a_block - 1) / queries_a_block);
+  const dim3 grid(splits, x.Hkv, (queries + queries_each - 1) / queries_each);
   shim::launch(grid, dim3(kDecodeThreads), shared, [&] { kernel(x); }, seed);
 }
 
@@ -63,8 +62,8 @@ void decode(char** arguments) {
   const auto query = read<Unit>("query"), key = read<Unit>("key"), value = read<Unit>("value");
   const auto table = read<int>("table");
   DecodeArguments x{query.data(), key.data(), value.data(), table.empty() ? nullptr : table.data()};
-  for (int* size : {&x.R, &x.Hq, &x.Hkv, &x.D, &x.length, &x.page_size, &x.pages, &x.keys_per_split}) *size = next();
-  for (long long* stride : {&x.token_stride, &x.head_stride, &x.page_stride}) *stride = next();
+  for (int* size : {&x.R, &x.Hq, &x.Hkv, &x.D, &x.length, &x.block_size, &x.blocks, &x.keys_per_split}) *size = next();
+  for (long long* stride : {&x.token_stride, &x.head_stride, &x.block_stride}) *stride = next();
   x.scale = 0.3f;
   const int splits = (x.length + x.keys_per_split - 1) / x.keys_per_split;
   std::vector<float> out(static_cast<size_t>(splits) * x.R * x.Hq * x.D), lse(static_cast<size_t>(splits) * x.R * x.Hq);
@@ -73,25 +72,17 @@ void decode(char** arguments) {
   write("out", out), write("lse", lse);
 }
 
-void merge(char** arguments, bool backward) {
+void merge(char** arguments) {
   Numbers next{arguments};
   const int seed = next(), S = next(), rows = next(), D = next();
   const auto outs = read<float>("outs"), lses = read<float>("lses");
-  std::vector<float> out(static_cast<size_t>(rows) * D), lse(rows), grad_outs(outs.size()), grad_lses(lses.size());
+  std::vector<float> out(static_cast<size_t>(rows) * D), lse(rows);
   const dim3 grid((rows + 3) / 4), block(kMergeThreads);
   shim::launch(grid, block, 0, [&] { merge_states(outs.data(), lses.data(), out.data(), lse.data(), S, rows, D); }, seed);
-  if (backward) {
-    const auto grad_out = read<float>("grad_out"), grad_lse = read<float>("grad_lse");
-    shim::launch(grid, block, 0, [&] {
-      merge_states_backward(grad_out.data(), grad_lse.data(), outs.data(), lses.data(), out.data(), lse.data(), grad_outs.data(),
-                            grad_lses.data(), S, rows, D);
-    }, seed);
-    write("grad_outs", grad_outs), write("grad_lses", grad_lses);
-  }
   write("out", out), write("lse", lse);
 }
 
-void paged(const std::string& what, char** arguments) {
+void in_blocks(const std::string& what, char** arguments) {
   Numbers next{arguments};
   const int seed = next(), count = next(), units = next(), limit = next();
   auto pool = read<Unit>("pool"), tokens = read<Unit>("tokens");
@@ -110,8 +101,8 @@ int main(int, char** argv) {
   const std::string what = argv[2];
   try {
     if (what == "decode") decode(argv + 3);
-    else if (what == "merge" || what == "merge_backward") merge(argv + 3, what == "merge_backward");
-    else paged(what, argv + 3);
+    else if (what == "merge") merge(argv + 3);
+    else in_blocks(what, argv + 3);
   } catch (const std::exception& error) {
     fprintf(stderr, "ERROR %s\n", error.what());
     return 2;
