@@ -38,14 +38,11 @@ def context_ids(prompt: Prompt, context: Context) -> Tensor:
     return prompt.long_ids if context == "long" else prompt.short_ids
 
 
-class NoHead(NamedTuple):
-    """What a teacher has that reads its hidden states with the student's head."""
+class TeacherHead(NamedTuple):
+    """What the losses take of a teacher's head: nothing where it is the student's own, for then the gap is exact."""
 
-    weight: None = None
-    bias: None = None
-
-
-NO_HEAD = NoHead()
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class Policy:
@@ -70,9 +67,10 @@ class Policy:
         head = self.model.get_output_embeddings()
         return Head(head.weight, head.bias, getattr(self.model.config, "final_logit_softcapping", None))
 
-    def head_unless_shared(self, student: Policy) -> Head | NoHead:
-        """Return the head, or none where it is the student's own: the losses then take the exact gap."""
-        return NO_HEAD if self.head.weight is student.head.weight else self.head
+    def head_beside(self, student: Policy) -> TeacherHead:
+        """Return the head of this policy as the teacher of `student`."""
+        head = self.head
+        return TeacherHead(None, None) if head.weight is student.head.weight else TeacherHead(head.weight, head.bias)
 
     def prefill(self, prompts: Sequence[Prompt]) -> list[PrefixCache]:
         """Run the long context of prompts that share it once, and what follows it once for each.

@@ -28,7 +28,7 @@ class FullReverseKL(OnPolicy):
     def loss(self, student: Policy, teacher: Policy, rollouts: Sequence[Rollout]) -> LossOutput:
         teacher_NH = teacher.hidden(rollouts, "short", gradient=False)
         student_NH = student.hidden(rollouts, "long", gradient=True)
-        head, teacher_head = student.head, teacher.head_unless_shared(student)
+        head, teacher_head = student.head, teacher.head_beside(student)
         with student.loss_autocast():
             total, stats = fused_reverse_kl(
                 student_NH,

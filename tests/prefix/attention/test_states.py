@@ -11,17 +11,17 @@ compiled = pytest.mark.skipif(extension.load() != "available", reason="no C++ ex
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize(
     "sizes", [(1, 4, 4, 1, 64), (8, 8, 2, 300, 64), (3, 6, 1, 513, 40), (40, 8, 2, 70, 128), (2, 4, 2, 33, 7)], ids=str
 )
-def test_decoding_over_a_prefix(sizes, paged, dtype):
+def test_decoding_over_a_prefix(sizes, in_blocks, dtype):
     rows, heads, key_heads, length, size = sizes
     query, key, value, _ = make(1, heads, key_heads, rows, length, size, dtype)
     true_out, true_lse, _ = dense(query, key, value, torch.zeros_like(query), False)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     table = None
-    if paged:
+    if in_blocks:
         table = torch.randperm(50)[: -(-length // 16)].to(torch.int32)
         pools = torch.randn(2, 50, 16, key_heads, size).to(dtype)
         for pool, x in zip(pools, (key, value), strict=True):
