@@ -23,7 +23,16 @@ inline bool has_amx_bf16() {
   return has;
 }
 
-inline bool has_bf16() { return has_amx_bf16() || __builtin_cpu_supports("avx512bf16"); }
+// AVX512_BF16: what a function needs that uses it, and whether the CPU has it.
+#ifndef OPSDL_EMULATED
+#define OPSDL_AVX512_BF16 __attribute__((target("avx512bf16")))
+inline bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
+#else  // in tools/avx512, which has functions in place of the instructions
+#define OPSDL_AVX512_BF16
+inline bool has_avx512_bf16() { return true; }
+#endif
+
+inline bool has_bf16() { return has_amx_bf16() || has_avx512_bf16(); }
 
 // ---- packing: B [K, N] with row stride ld -> panels [K, 64] one after the other, zeros beyond N ----
 
@@ -58,8 +67,8 @@ inline void pack(const c10::BFloat16* B, int64_t ld, int64_t K, int64_t N, c10::
 // ---- C [M, N] (+)= A [M, K] B [K, N], N <= 64 ----
 
 template <int kRows>
-__attribute__((target("avx512bf16"))) inline void rows_bf16(int64_t K, int64_t N, const c10::BFloat16* A, int64_t lda,
-                                                            const c10::BFloat16* B, float* C, int64_t ldc, bool add) {
+OPSDL_AVX512_BF16 inline void rows_bf16(int64_t K, int64_t N, const c10::BFloat16* A, int64_t lda, const c10::BFloat16* B,
+                                        float* C, int64_t ldc, bool add) {
   __m512 sum[kRows][4];
   __mmask16 mask[4];
   for (int j = 0; j < 4; ++j) {

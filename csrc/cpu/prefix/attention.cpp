@@ -17,8 +17,8 @@ constexpr int64_t kStep = 256;  // keys of one step
 // The scores of one query become exp2(score * factor - top), zeros from `visible` to `width`; the query's maximum, sum and
 // output so far follow.
 template <class T>
-__attribute__((target("avx512bf16"))) void softmax(const float* scores, int64_t visible, int64_t width, float factor,
-                                                   T* probabilities, float& top, float& sum, float* out, int64_t D) {
+OPSDL_AVX512_BF16 void softmax(const float* scores, int64_t visible, int64_t width, float factor, T* probabilities, float& top,
+                               float& sum, float* out, int64_t D) {
   const int64_t whole = visible / 16 * 16;
   const __mmask16 rest = first_lanes(visible - whole);
   Vec best = splat(kNegInf);

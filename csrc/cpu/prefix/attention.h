@@ -29,7 +29,7 @@ inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << s
 // store() in one instruction, where products in bf16 are.
 inline void store_quick(float* x, Vec v) { store(x, v); }
 
-__attribute__((target("avx512bf16"))) inline void store_quick(c10::BFloat16* x, Vec v) {
+OPSDL_AVX512_BF16 inline void store_quick(c10::BFloat16* x, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), (__m256i)_mm512_cvtneps_pbh(v));
 }
 

@@ -66,10 +66,9 @@ struct PackedQueries {
 // gradients' transpose [64, 96], with zeros from `keys` to a multiple of 16. The first key is seen from column `hidden` on,
 // each further one from G columns further on.
 template <class T>
-__attribute__((target("avx512bf16"))) void to_gradients(int64_t keys, int64_t hidden, int64_t G, float factor, const float* lse,
-                                                        const float* delta, const float* scores,
-                                                        const float* grad_probabilities, T* probabilities, T* gradients,
-                                                        T* transposed) {
+OPSDL_AVX512_BF16 void to_gradients(int64_t keys, int64_t hidden, int64_t G, float factor, const float* lse, const float* delta,
+                                    const float* scores, const float* grad_probabilities, T* probabilities, T* gradients,
+                                    T* transposed) {
   for (int64_t c = 0; c < kPanel; c += 16) {
     const Vec lses = load(lse + c), deltas = load(delta + c);
     for (int64_t k = 0; k < keys; k += 16) {
