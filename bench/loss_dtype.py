@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,8 +20,10 @@ from torch import Tensor
 from bench import harness
 from bench.results import Case, Number, Result, measured, origin, publish
 from bench.tables import Report, Table, fixed, percent
-from opsdl.training.groups import Rollout
-from opsdl.training.loop import Loop
+
+if TYPE_CHECKING:  # so that bench.report, which measures nothing, starts without transformers
+    from opsdl.training.groups import Rollout
+    from opsdl.training.loop import Loop
 
 NAME = "loss_dtype"
 DTYPES = (torch.float32, torch.bfloat16)
@@ -81,6 +84,7 @@ def gradient(loop: Loop, rollouts: Sequence[Rollout], dtype: torch.dtype) -> lis
     return [x for x in found if x is not None]
 
 
+@torch.no_grad()
 def relative(gradients: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Relative norm of the difference of two gradients over all weights."""
     apart = sum(float((x - y).double().square().sum()) for x, y in zip(gradients, expected, strict=True))

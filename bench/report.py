@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bench import attention, loss_report, prefix_report, skipping, training
+from bench import attention, loss_dtype, loss_report, prefix_report, skipping, training
 from bench.results import README, RESULTS, Result, load, write_report
 from bench.tables import Report, Table, fill
 from opsdl.files import write_whole
@@ -17,6 +17,7 @@ REPORTS: dict[str, Callable[[Result], Report]] = {
     "attention": attention.report,
     "prefix": prefix_report.report,
     "skipping": skipping.report,
+    "loss_dtype": loss_dtype.report,
 }
 
 
