@@ -5,6 +5,8 @@ Run it with `opsdl train recipes/smollm2-kjv.yaml`.
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -51,7 +53,8 @@ def train(config: RunConfig) -> None:
         run.create()
         run.save("before.json", before.to_json())
     loop = make_loop(config, run, initial, tokenizer, prompts)
-    loop.run()
+    with closing(loop.engine):
+        loop.run()
     after = run.evaluation("after.json")
     if after is None:
         after = _evaluate(loop.student.model, tokenizer, config)
@@ -109,11 +112,11 @@ def make_loop(
     objective = _check_choices(config)
     parallel, clock = OneProcess(), Clock(initial.device)
     checkpoints = Checkpoints(run.path, tokenizer, config.keep_checkpoints)
-    resumed = checkpoints.newest is not None
-    model = load_model(str(checkpoints.newest), device=initial.device) if resumed else initial
+    newest = checkpoints.newest
+    model = initial if newest is None else load_model(str(newest), device=initial.device)
     student = Policy(parallel.shard(model), config, "student", clock)
     teacher_kind = TEACHERS[config.teacher.kind if objective.needs_teacher else "live"]
-    teacher = teacher_kind(student, initial if resumed else None, config)
+    teacher = teacher_kind(student, None if newest is None else initial, config)
     student.model.train()
     if config.model.activation_checkpointing:
         checkpoint_activations(student.model)

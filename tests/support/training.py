@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opsdl.config import Chosen, DataConfig, EvaluationConfig, EvaluationSet, ModelConfig, OptimizerConfig
-
-from opsdl.config import RolloutConfig, RunConfig  # isort: skip
+from opsdl.config import (
+    Chosen,
+    DataConfig,
+    EvaluationConfig,
+    EvaluationSet,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+)
 
 NEEDLES = {"kinds": ["multikey"], "length": 160, "short_length": 60}
 

@@ -22,9 +22,8 @@ from opsdl.config import (
     ModelConfig,
     OptimizerConfig,
     TeacherConfig,
+    to_yaml,
 )
-
-from opsdl.config import to_yaml  # isort: skip
 from opsdl.data.tasks.needles import Needles
 from opsdl.data.triplets import Triplet, write_triplets
 from opsdl.errors import UserError
@@ -92,6 +91,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, change, t
     drop = lambda rows: [{k: v for k, v in r.items() if not k.startswith(("seconds", "tok", "peak"))} for r in rows]  # noqa: E731
     assert drop(straight.log.run.rows("metrics.jsonl")) == drop(second.log.run.rows("metrics.jsonl"))
     assert straight.log.run.rows("samples.jsonl") == second.log.run.rows("samples.jsonl")
+
+
+def test_the_engine_is_closed_however_training_ends(config, monkeypatch):
+    closed = []
+    monkeypatch.setattr("opsdl.training.rollout.builtin.BuiltinEngine.close", lambda engine: closed.append(engine))
+    train(replace(config, steps=1, evaluation=EvaluationConfig(sets=[])))
+    broken = replace(config, run_dir=config.run_dir + "-broken", optimizer=OptimizerConfig(lr=1e30, warmup_steps=1))
+    with pytest.raises(UserError, match="step 2"):
+        train(replace(broken, evaluation=EvaluationConfig(sets=[])))
+    assert len(closed) == 2
 
 
 def test_old_checkpoints_go_and_the_newest_stay(config):
